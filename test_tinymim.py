@@ -1,0 +1,700 @@
+"""Tests of tinymim.py and finetune.py: python -m pytest
+
+The golden numbers were computed in float64 by the authors' code (TinyMIM, MAE) and timm, on weights and images that a
+formula fills (`fill`), so that anyone can compute them again.
+"""
+
+import argparse
+import hashlib
+import http.server
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
+
+import tinymim
+from tinymim import UserError, ViT, relation, relation_loss
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PAIRS = [a + b for a in "qkv" for b in "qkv"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Things the tests share.
+
+
+def fill(name, *shape):
+    """Numbers in [-1, 1) that depend on the name alone: a 32-bit hash of the index and the name's CRC."""
+    x = (2654435761 * np.arange(math.prod(shape), dtype=np.uint64) + zlib.crc32(name.encode())) & 0xFFFFFFFF
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return torch.from_numpy((x ^ (x >> 16)).astype(np.float64) / 2**31 - 1).view(shape)
+
+
+def filled(module, prefix, also=()):
+    """The module in float64, its parameters filled: norm weights 1 + 0.1u, others 0.08u, position embeddings as they are."""
+    module = module.double().eval()
+    for name, parameter in module.named_parameters():
+        if "pos_embed" in name and name not in also:
+            continue
+        u = fill(prefix + name, *parameter.shape)
+        parameter.data = 1 + 0.1 * u if "norm" in name and name.endswith("weight") else 0.08 * u
+    return module
+
+
+SMALL = dict(dim=24, depth=3, heads=2, patch_size=8, img_size=32)  # a ViT that a test can train
+WIDER = SMALL | dict(dim=48, depth=4, heads=4)
+
+
+def random_qkv(width, tokens=5, images=2, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(scale * torch.randn(images, tokens, width, generator=generator, dtype=torch.float64) for _ in "qkv")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 24 smooth colourful pictures in two class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(24):
+        small = np.random.RandomState(i).randint(0, 256, (4, 5, 3), dtype=np.uint8)
+        path = folder / "train" / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(small).resize((50, 40), Image.BICUBIC).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    """A small random teacher as the authors' training code saves one."""
+    path = tmp_path_factory.mktemp("teacher") / "small_mae.pth"
+    torch.manual_seed(0)
+    vit = ViT(**WIDER)
+    for parameter in vit.parameters():  # livelier relations than those of fresh weights
+        parameter.data += 0.1 * torch.randn_like(parameter) * (parameter is not vit.pos_embed)
+    torch.save({"model": vit.state_dict(), "optimizer": {"state": {}}, "epoch": 3, "scaler": None,
+                "args": argparse.Namespace(model="mae", lr=1e-4)}, path)
+    return path
+
+
+@pytest.fixture
+def command(photos, teacher_file, tmp_path):
+    """Options of a distillation that takes a second; the test adds to them."""
+    return [f"--teacher={teacher_file}", "--teacher-heads=4", f"--data={photos}", f"--out={tmp_path / 'run'}", "--dim=24", "--depth=3",
+            "--heads=2", "--batch-size=8", "--epochs=3", "--blr=0.05", "--workers=1", "--device=cpu"]
+
+
+def run(*options, script="tinymim.py", processes=1, env=None):
+    """The script in a process of its own, or in several under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, os.path.join(HERE, script), *map(str, options)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **(env or {})})
+
+
+def fails(capsys, code, *says, main=tinymim.main, options):
+    """main(options) exits with this code and one line, which holds all of `says`."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, options)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stopped.value.code == code and len(lines) == 1, lines
+    for text in says:
+        assert text in lines[0]
+    return lines[0]
+
+
+def model_of(folder):
+    return torch.load(os.path.join(folder, "last.pth"), weights_only=True)["model"]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+
+
+def same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=lambda text: f"{name}: {text}", **tolerance)
+
+
+EXACT = dict(rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The method.
+
+
+def test_golden_distillation():
+    student = filled(ViT(192, 12, heads=6), "student.")  # six heads: the authors' ViT-Tiny, in pre-training
+    teacher = filled(ViT(768, 12, heads=12), "teacher.").requires_grad_(False)
+    images = 2 * fill("images", 2, 3, 224, 224)
+    objective = tinymim.TinyMIM(student, teacher, teacher_block=12, relation_heads=12, relations=["qk", "vv"]).eval()
+    losses = objective(images, images)
+    assert losses["qk"].item() == pytest.approx(0.5928374293135243, abs=1e-9)
+    assert losses["vv"].item() == pytest.approx(1.1960328201657833, abs=1e-9)
+
+    q, k, v = teacher.qkv(images, 12)
+    qk, vv = relation(q, k, 12).exp(), relation(v, v, 12).exp()
+    expected = [0.025767710213393306, 0.0063212661906894615, 0.0011469206929298828, 0.006966831556327835]
+    assert qk[0, 3, 5, :4].tolist() == pytest.approx(expected, abs=1e-9)
+    expected = [0.4439084161298033, 0.0012602242768500699, 0.0018377878317098937, 0.014642534735222338]
+    assert vv[1, 0, 0, :4].tolist() == pytest.approx(expected, abs=1e-9)
+
+    sum(losses.values()).backward()
+    for name, norm in {
+        "patch_embed.proj.weight": 0.11115307933877165, "cls_token": 0.002232637522656957,
+        "blocks.0.attn.qkv.weight": 0.04350811949481605, "blocks.5.mlp.fc1.weight": 0.04943361111423365,
+        "blocks.11.attn.qkv.weight": 0.16885630650605676, "blocks.11.norm1.bias": 0.013599193696380758,
+    }.items():
+        assert student.get_parameter(name).grad.norm().item() == pytest.approx(norm, abs=1e-9)
+    without = {name for name, p in student.named_parameters() if p.grad is None}
+    behind = {f"blocks.11.{layer}.{kind}" for layer in ("attn.proj", "mlp.fc1", "mlp.fc2", "norm2") for kind in ("weight", "bias")}
+    assert without == behind | {"norm.weight", "norm.bias", "pos_embed"}
+    assert not any(p.requires_grad for name, p in student.named_parameters() if name in without)
+
+
+def test_golden_position_embeddings():
+    embeddings = tinymim.sincos_pos_embed(768, 14)[0]
+    assert embeddings.dtype == torch.float32 and embeddings.shape == (197, 768) and embeddings[0].abs().sum() == 0
+    assert embeddings.double().sum().item() == pytest.approx(69594.49384729861, abs=1e-6)
+    expected = [0.8414709568023682, 0.5403022766113281, 0.6569865942001343, 0.7539022564888]
+    assert embeddings[100, ::192].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_golden_learning_rate():
+    for epoch, expected in {0: 0.0, 0.5: 0.0001, 2.5: 0.0005, 5: 0.001, 20.25: 0.0009378167042176453,
+                            52.5: 0.0005005000000000001, 99.9: 1.0027312259864862e-06, 100: 1e-06}.items():
+        assert tinymim.learning_rate(epoch, 0.001, 5, 100, 1e-6) == pytest.approx(expected, abs=1e-12)
+
+
+def test_relation_loss_is_the_formula():
+    """Row by row, with networks of different widths, for every pair of q, k and v."""
+    student, teacher, heads = random_qkv(12, seed=1), random_qkv(24, seed=2), 3
+    losses = relation_loss(student, teacher, heads, PAIRS)
+    assert list(losses) == PAIRS
+    for a, b in PAIRS:
+        total = 0.0
+        for image in range(2):
+            for head in range(heads):
+                for row in range(5):
+                    p, log_q = [], []
+                    for qkv, out in ((teacher, p), (student, log_q)):
+                        width = qkv[0].shape[2] // heads
+                        x, y = (qkv["qkv".index(letter)][image, :, head * width:(head + 1) * width] for letter in (a, b))
+                        logits = [float(x[row] @ y[column]) / math.sqrt(width) for column in range(5)]
+                        out += [logit - math.log(sum(map(math.exp, logits))) for logit in logits]
+                    total += sum(math.exp(lp) * (lp - lq) for lp, lq in zip(p, log_q))
+        assert losses[a + b].item() == pytest.approx(total / (2 * heads * 5), abs=1e-12)
+
+
+def test_student_equal_to_teacher_has_no_loss():
+    student = tuple(x.requires_grad_() for x in random_qkv(12, seed=3))
+    loss = sum(relation_loss(student, student, 3, PAIRS).values())
+    loss.backward()
+    assert loss.item() == 0 and all(x.grad.abs().max() < 1e-16 for x in student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_logits_stay_finite(dtype):
+    """Logits of ±1e4, under autocast too, where softmax().log() is -inf and a product in fp16 overflows."""
+    student, teacher = (tuple(x.to(dtype) for x in random_qkv(64, seed=seed, scale=120.0)) for seed in (4, 5))
+    student = tuple(x.requires_grad_() for x in student)
+    logits = student[0].detach().float() @ student[0].detach().float().transpose(1, 2) / 8
+    assert logits.abs().max() > 1e4
+    with torch.autocast("cpu", dtype if dtype != torch.float32 else torch.bfloat16):
+        losses = relation_loss(student, teacher, 1, PAIRS)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    assert all(x.grad.isfinite().all() for x in student)
+
+
+def test_autocast_keeps_the_loss():
+    torch.manual_seed(0)
+    student, teacher = ViT(**SMALL), ViT(**WIDER).requires_grad_(False)
+    objective, images = tinymim.TinyMIM(student, teacher, 4, 4), torch.randn(2, 3, 32, 32)
+    exact = sum(objective(images, images).values())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = sum(objective(images, images).values())
+    assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(exact.item(), rel=0.05)
+
+
+def test_qkv_computes_nothing_after_it():
+    vit, images = ViT(**SMALL), torch.randn(2, 3, 32, 32)
+    expected = vit.blocks[1].qkv(vit.blocks[0](vit.tokens_entering(1, images)))
+    for module in (vit.blocks[1].attn.proj, vit.blocks[1].norm2, vit.blocks[1].mlp, vit.blocks[2], vit.norm):
+        module.forward = None  # calling it would raise
+    q, k, v = vit.qkv(images, 2)
+    assert q.shape == k.shape == v.shape == (2, 17, 24)
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), expected))
+
+
+def test_sizes():
+    assert ViT(**SMALL)(torch.randn(2, 3, 32, 32)).shape == (2, 17, 24)
+    for wrong in (dict(img_size=30), dict(heads=5), dict(dim=6)):
+        with pytest.raises(ValueError, match="divide"):
+            ViT(**SMALL | wrong)
+    with pytest.raises(ValueError, match="blocks 1 to 4"):
+        tinymim.TinyMIM(ViT(**SMALL), ViT(**WIDER), 5, 4)
+    with pytest.raises(ValueError, match="try 4"):
+        tinymim.TinyMIM(ViT(**SMALL), ViT(**WIDER), 4, 5)
+    with pytest.raises(ValueError, match="same patches"):
+        tinymim.TinyMIM(ViT(**SMALL), ViT(**WIDER | dict(img_size=40)), 4, 4)
+
+
+def test_teacher_stays_frozen_and_in_eval_mode():
+    objective = tinymim.TinyMIM(ViT(**SMALL), ViT(**WIDER, drop_path=0.9).requires_grad_(False), 4, 4)
+    objective.train()
+    assert objective.student.training and not objective.teacher.training
+    images = torch.randn(2, 3, 32, 32)
+    sum(objective(images, images).values()).backward()
+    assert all(p.grad is None for p in objective.teacher.parameters())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_objective_is_the_same():
+    """In one graph, with drop path."""
+    torch.manual_seed(0)
+    objective = tinymim.TinyMIM(ViT(**SMALL, drop_path=0.1), ViT(**WIDER).requires_grad_(False), 3, 4).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = objective(images, images)
+    objective.compile(fullgraph=True)
+    same(objective(images, images), expected)
+    losses = objective.train()(images, images)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The teacher's checkpoints.
+
+
+def test_every_kind_of_checkpoint_loads(tmp_path):
+    torch.manual_seed(1)
+    vit = ViT(**SMALL)
+    images, tensors = torch.randn(1, 3, 32, 32), vit.state_dict()
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 24), "decoder_pos_embed": torch.zeros(1, 17, 8),
+               "decoder_blocks.0.norm1.weight": torch.ones(8)}
+    for kind, content in {
+        "encoder": {"model": tensors},
+        "whole MAE": {"model": tensors | decoder},
+        "authors'": {"model": tensors, "optimizer": {"state": {}}, "epoch": 1, "args": argparse.Namespace(lr=1.0)},
+        "bare": tensors,
+        "saved from DDP": {f"module.{name}": t for name, t in tensors.items()},
+        "float16": {name: t.half() for name, t in tensors.items()},
+        "ours": {"model": tensors, "config": SMALL | {"relation_heads": 6}, "optimizer": {}, "epoch": 1},
+    }.items():
+        torch.save(content, tmp_path / "x.pth")
+        teacher = tinymim.load_teacher(str(tmp_path / "x.pth"), heads=None if kind == "ours" else 2)
+        assert not teacher.training and not any(p.requires_grad for p in teacher.parameters()), kind
+        tolerance = dict(rtol=0.1, atol=0.02) if kind == "float16" else EXACT
+        torch.testing.assert_close(teacher(images), vit(images), **tolerance)
+        assert (teacher.heads, teacher.relation_heads) == ((2, 6) if kind == "ours" else (2, 2))
+        assert (teacher.dim, teacher.depth, teacher.patch_size, teacher.img_size) == (24, 3, 8, 32)
+
+
+def test_heads_of_published_widths(tmp_path):
+    for dim, heads in {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}.items():
+        torch.save(ViT(dim, 1, heads, patch_size=16, img_size=32).state_dict(), tmp_path / "x.pth")
+        assert tinymim.load_teacher(str(tmp_path / "x.pth")).heads == heads
+
+
+def test_position_embeddings_of_another_size(tmp_path):
+    torch.save(ViT(**SMALL).state_dict(), tmp_path / "x.pth")
+    teacher = tinymim.load_teacher(str(tmp_path / "x.pth"), img_size=64, heads=2)
+    small = tinymim.sincos_pos_embed(24, 4)
+    patches = small[:, 1:].view(1, 4, 4, 24).permute(0, 3, 1, 2)
+    expected = F.interpolate(patches, (8, 8), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).reshape(1, 64, 24)
+    torch.testing.assert_close(teacher.pos_embed, torch.cat([small[:, :1], expected], 1), **EXACT)
+    assert teacher(torch.randn(1, 3, 64, 64)).shape == (1, 65, 24)
+
+
+def test_checkpoints_that_do_not_load(tmp_path):
+    tensors = ViT(**SMALL).state_dict()
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "code-ran"),)
+
+    for content, says in [
+        ({k: t for k, t in tensors.items() if k != "blocks.1.norm2.bias"}, "lacks blocks.1.norm2.bias"),
+        ({k: t for k, t in tensors.items() if "mlp" not in k}, "lacks blocks.0.mlp.fc1.weight and 11 more"),
+        (tensors | {"cls_token": torch.zeros(1, 1, 25)}, "another shape of cls_token"),
+        (tensors | {"blocks.0.ls1.gamma": torch.zeros(24)}, "blocks.0.ls1.gamma"),
+        ({k: t for k, t in tensors.items() if "blocks" not in k}, "blocks are missing"),
+        ({"weight": torch.zeros(3)}, "no ViT under MAE's parameter names"),
+        ([1, 2], "no ViT under MAE's parameter names"),
+        ({"model": tensors, "args": Evil()}, "not a PyTorch checkpoint"),
+        (b"\xff\xd8 a photo", "not a PyTorch checkpoint"),
+        (b"", "not a PyTorch checkpoint"),
+        (None, "no such file"),
+    ]:
+        path = tmp_path / "x.pth"
+        path.unlink(missing_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        with pytest.raises(UserError, match=says) as error:
+            tinymim.load_teacher(str(path), heads=2)
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert not (tmp_path / "code-ran").exists()
+    torch.save(tensors, path)
+    with pytest.raises(UserError, match="--teacher-heads"):
+        tinymim.load_teacher(str(path))
+    with pytest.raises(UserError, match="divide into patches"):
+        tinymim.load_teacher(str(path), heads=2, img_size=30)
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; /short/ promises more than it sends, as a connection that breaks does."""
+
+    requests = []
+
+    def do_GET(self):
+        self.requests.append(self.path)
+        if not self.path.startswith("/short/"):
+            return super().do_GET()
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.end_headers()
+        self.wfile.write(b"only this")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_download(tmp_path, monkeypatch):
+    """Once, checked, and nothing broken is kept: over HTTP and from file:// URLs."""
+    (tmp_path / "web").mkdir()
+    published = tmp_path / "web" / "mae_tiny.pth"
+    torch.save({"model": ViT(192, 1, 3, img_size=32).state_dict()}, published)
+    md5 = hashlib.md5(published.read_bytes()).hexdigest()[:6]
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Server(*a, directory=str(tmp_path / "web")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    web, cache = f"http://127.0.0.1:{server.server_port}", tmp_path / "hub" / "checkpoints"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    teachers = {}
+    monkeypatch.setattr(tinymim, "TEACHERS", teachers)
+
+    for url, checksum, says in [
+        (f"{web}/short/mae_tiny.pth", md5, "broken, or not the published"),
+        (f"{web}/mae_tiny.pth", "000000", "broken, or not the published"),
+        (f"{web}/missing/mae_tiny.pth", md5, "404"),
+        ("http://127.0.0.1:9/mae_tiny.pth", md5, f"fetch it elsewhere and put it at {cache / 'mae_tiny.pth'}"),
+    ]:
+        teachers["x"] = (url, checksum)
+        with pytest.raises(UserError, match=says):
+            tinymim.load_teacher("x")
+        assert list(cache.iterdir()) == []
+
+    teachers["x"] = (f"{web}/mae_tiny.pth", md5)
+    Server.requests.clear()
+    assert tinymim.load_teacher("x").dim == tinymim.load_teacher("x").dim == 192
+    assert Server.requests == ["/mae_tiny.pth"] and [path.name for path in cache.iterdir()] == ["mae_tiny.pth"]
+    server.shutdown()
+
+    (cache / "mae_tiny.pth").write_bytes(b"put there by hand, wrongly")
+    with pytest.raises(UserError, match="delete it"):
+        tinymim.load_teacher("x")
+    (cache / "mae_tiny.pth").unlink()
+    teachers["x"] = (published.as_uri(), md5)
+    assert tinymim.load_teacher("x").depth == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data.
+
+
+def test_odd_files_are_ordinary(tmp_path):
+    """Whatever the kind of file and its name: the same picture."""
+    noise = np.random.RandomState(0).randint(0, 256, (4, 5, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise).resize((50, 40), Image.BICUBIC)
+    gray = np.asarray(photo.convert("L"))
+    with_alpha = photo.copy()
+    with_alpha.putalpha(128)
+    for name, image, kind, expected in [
+        ("rgb.JPEG", photo, "JPEG", photo), ("png.JPEG", photo, "PNG", photo), ("bmp.bmp", photo, "BMP", photo),
+        ("bmp.JPEG", photo, "BMP", photo), ("tiff.tif", photo, "TIFF", photo), ("cmyk.jpg", photo.convert("CMYK"), "JPEG", photo),
+        ("gray.jpg", photo.convert("L"), "JPEG", photo.convert("L")), ("alpha.png", with_alpha, "PNG", photo),
+        ("palette.png", photo.convert("P"), "PNG", photo.convert("P")), ("16bit.png", Image.fromarray(gray.astype(np.uint16) * 257), "PNG",
+                                                                           Image.fromarray(gray)),
+        ("gif.png", photo.convert("P"), "GIF", photo.convert("P")), ("webp.webp", photo, "WEBP", photo),
+    ]:
+        image.save(tmp_path / name, kind)
+        decoded = tinymim.decode(str(tmp_path / name))
+        assert decoded.dtype == torch.uint8 and decoded.shape == (3, 40, 50), name
+        difference = np.abs(decoded.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected.convert("RGB")))
+        assert difference.mean() < (4 if kind in ("JPEG", "WEBP") else 0.01), name
+
+
+def test_finding_images(photos, tmp_path):
+    assert len(tinymim.find_images(str(photos))) == 24  # in photos/train
+    nested = tmp_path / "a" / "b" / "ünïcode folder"
+    nested.mkdir(parents=True)
+    for name in ("2.PNG", "1.jpeg", "notes.txt"):
+        (nested / name).touch()
+    assert [os.path.basename(os.fsdecode(path)) for path in tinymim.find_images(str(tmp_path))] == ["1.jpeg", "2.PNG"]
+
+
+def test_color_jitter_is_torchvisions():
+    torch.manual_seed(0)
+    images = torch.rand(6, 3, 9, 7)
+    changes = [v2.functional.adjust_brightness, v2.functional.adjust_contrast, v2.functional.adjust_saturation]
+    orders = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+    factors = torch.empty(6, 3).uniform_(0.6, 1.4)
+    jittered = tinymim.color_jitter(images, torch.stack([orders.float(), factors], dim=1))
+    for image, order, factor, result in zip(images, orders, factors, jittered):
+        for change, amount in zip(order, factor):
+            image = changes[change](image, amount.item())
+        torch.testing.assert_close(result, image, rtol=0, atol=2e-6)
+
+
+def test_two_views_share_the_crop(photos):
+    torch.manual_seed(0)
+    crop, jitter = tinymim.CropAndJitter(32)(tinymim.decode(os.fsdecode(tinymim.find_images(str(photos))[0])))
+    assert crop.dtype == torch.uint8 and crop.shape == (3, 32, 32) and sorted(jitter[0].tolist()) == [0, 1, 2]
+    assert ((jitter[1] >= 0.6) & (jitter[1] <= 1.4)).all()
+    student, teacher = tinymim.TwoViews()((crop[None], jitter[None]))
+    torch.testing.assert_close(teacher[0], v2.functional.normalize(crop / 255, tinymim.IMAGENET_MEAN, tinymim.IMAGENET_STD))
+    assert not torch.equal(student, teacher)
+    unchanged = torch.stack([jitter[0], torch.ones(3)])
+    torch.testing.assert_close(tinymim.TwoViews()((crop[None], unchanged[None]))[0], teacher)
+
+
+def test_crops_depend_on_seed_epoch_and_image_only(photos):
+    paths = tinymim.find_images(str(photos))
+
+    def batches(workers, seed=0, epoch=0):
+        args = argparse.Namespace(batch_size=8, accum=1, workers=workers, seed=seed)
+        dataset = tinymim.ImageDataset(paths, tinymim.CropAndJitter(16), seed)
+        loader = tinymim.make_loader(dataset, args, tinymim.Machine(torch.device("cpu"), 0, 0, 1))
+        loader.sampler.set_epoch(epoch)
+        return torch.cat([crops for (crops, _), _ in loader])
+
+    first = batches(0)
+    assert torch.equal(first, batches(2)) and not torch.equal(first, batches(0, seed=1)) and not torch.equal(first, batches(0, epoch=1))
+    before = torch.get_rng_state()
+    tinymim.ImageDataset(paths, tinymim.CropAndJitter(16))[0, 3]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_broken_files(photos, command, tmp_path, capsys):
+    folder = tmp_path / "some-broken"
+    shutil.copytree(photos, folder)
+    whole = (folder / "train" / "class0" / "0.jpg").read_bytes()
+    (folder / "train" / "class0" / "half.jpg").write_bytes(whole[:len(whole) // 2])
+    (folder / "train" / "class0" / "text.jpg").write_text("not an image")
+    tinymim.main(command + [f"--data={folder}"])
+    said = capsys.readouterr().err
+    assert said.count("half.jpg") == said.count("text.jpg") == 1 and said.count("cannot decode") == 2
+    assert len(log_of(tmp_path / "run")) == 3
+
+    for i in range(60):
+        (folder / "train" / f"broken{i}.jpg").write_text("not an image")
+    fails(capsys, 1, "could not be decoded", options=command + [f"--data={folder}", f"--out={tmp_path / 'other'}"])
+    for path in (folder / "train").rglob("*.jpg"):
+        path.write_text("not an image")
+    fails(capsys, 1, "can be decoded", options=command + [f"--data={folder}", f"--out={tmp_path / 'another'}"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training, through the command line.
+
+
+def test_a_run(command, tmp_path, capsys):
+    tinymim.main(command + ["--epochs=8"])
+    log = log_of(tmp_path / "run")
+    assert list(log[0]) == ["epoch", "loss", "qq", "kk", "vv", "lr", "images/s", "peak_memory_gib"]
+    assert [record["epoch"] for record in log] == list(range(1, 9)) and log[-1]["loss"] < 0.9 * log[0]["loss"]
+    assert all(record["loss"] == pytest.approx(record["qq"] + record["kk"] + record["vv"], rel=1e-5) for record in log)
+    assert sorted(os.listdir(tmp_path / "run")) == ["last.pth", "log.jsonl", "relations.png"]
+    assert Image.open(tmp_path / "run" / "relations.png").size == (2 + 7 * 114, 16 + 6 * 114)
+    checkpoint = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert set(checkpoint) == {"model", "config", "optimizer", "scaler", "epoch", "rng", "args"}
+    assert checkpoint["config"] == SMALL | {"relation_heads": 4} and checkpoint["epoch"] == 8
+    student = tinymim.load_teacher(str(tmp_path / "run" / "last.pth"))  # a student is a valid teacher
+    assert (student.heads, student.relation_heads) == (2, 4)
+    out, err = capsys.readouterr()
+    assert "no GPU" in out and out.count("loss ") == 8 and "image/s" in err
+
+
+def test_defaults_are_the_papers():
+    args = tinymim.make_parser().parse_args([])
+    assert (args.student, args.teacher, args.relations, args.epochs, args.blr) == ("tiny", "mae_base", ["qq", "kk", "vv"], 300, 1.5e-4)
+    assert (args.weight_decay, args.drop_path, args.min_lr, args.accum) == (0.05, 0.1, 0.0, 1)
+
+
+def test_weight_decay_groups():
+    student = ViT(**SMALL)
+    decayed, not_decayed = tinymim.parameter_groups(student, 0.05)
+    names = {id(p): name for name, p in student.named_parameters()}
+    assert (decayed["weight_decay"], not_decayed["weight_decay"]) == (0.05, 0.0)
+    assert "cls_token" in [names[id(p)] for p in decayed["params"]]
+    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in not_decayed["params"])
+    assert len(decayed["params"]) + len(not_decayed["params"]) == len(names) - 1  # all but pos_embed
+
+
+def test_updates_are_adamw_on_the_sum_of_the_losses(command, tmp_path, teacher_file, photos):
+    """Three updates of the command are three of a plain loop of a few lines."""
+    tinymim.main(command + ["--epochs=1", "--warmup-epochs=0.5", "--drop-path=0"])
+    torch.manual_seed(0)
+    teacher = tinymim.load_teacher(str(teacher_file), heads=4)
+    student = ViT(**SMALL)
+    objective = tinymim.TinyMIM(student, teacher, 3, 4)
+    optimizer = torch.optim.AdamW(tinymim.parameter_groups(student, 0.05), betas=(0.9, 0.95))
+    dataset = tinymim.ImageDataset(tinymim.find_images(str(photos)), tinymim.CropAndJitter(32))
+    sampler = tinymim.EpochSampler(dataset, 1, 0)
+    for step, (batch, _) in enumerate(torch.utils.data.DataLoader(dataset, 8, sampler=sampler)):
+        for group in optimizer.param_groups:
+            group["lr"] = tinymim.learning_rate(step / 3, 0.05 * 8 / 256, 0.5, 1)
+        optimizer.zero_grad()
+        sum(objective(*tinymim.TwoViews()(batch)).values()).backward()
+        optimizer.step()
+    same(model_of(tmp_path / "run"), student.state_dict(), rtol=0, atol=1e-7)
+
+
+def test_two_processes_and_accumulation_are_one_large_batch(command, tmp_path):
+    command += ["--epochs=1", "--drop-path=0", "--warmup-epochs=0"]
+    split = [(2, ["--batch-size=4"]), (1, ["--batch-size=2", "--accum=4"]), (2, ["--batch-size=2", "--accum=2"])]
+    runs = [run(*command, *options, f"--out={tmp_path / str(i)}", processes=n) for i, (n, options) in enumerate(split)]
+    tinymim.main(command)
+    for i, process in enumerate(runs):
+        assert process.wait() == 0, process.stderr.read()
+        assert torch.load(tmp_path / str(i) / "last.pth")["epoch"] == 1
+        models = [model_of(tmp_path / name) for name in (str(i), "run")]
+        for model in models:
+            for block in range(2):  # attention ignores the keys' bias: AdamW makes steps of what rounding leaves of no gradient
+                model[f"blocks.{block}.attn.qkv.bias"][24:48] = 0
+        same(*models, rtol=0, atol=2e-5)
+        assert log_of(tmp_path / str(i))[0]["loss"] == pytest.approx(log_of(tmp_path / "run")[0]["loss"], rel=1e-5)
+
+
+def test_resuming_is_exact(command, tmp_path, monkeypatch, capsys):
+    """Bit for bit, with drop path and workers, after an interruption in the third of four epochs."""
+    command += ["--epochs=4", "--drop-path=0.2"]
+    tinymim.main(command + [f"--out={tmp_path / 'whole'}"])
+    train_epoch = tinymim.train_epoch
+
+    def interrupted(*args):
+        if args[7] == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return train_epoch(*args)
+
+    monkeypatch.setattr(tinymim, "train_epoch", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        tinymim.main(command)
+    assert stopped.value.code == 130 and "--resume goes on" in capsys.readouterr().err
+    assert len(log_of(tmp_path / "run")) == 2
+    monkeypatch.setattr(tinymim, "train_epoch", train_epoch)
+    tinymim.main([f"--out={tmp_path / 'run'}", "--resume", "--workers=2"])  # the other options are the run's own
+    same(model_of(tmp_path / "run"), model_of(tmp_path / "whole"), **EXACT)
+    timeless = [[{k: v for k, v in record.items() if k not in ("images/s", "peak_memory_gib")} for record in log_of(tmp_path / name)]
+                for name in ("run", "whole")]
+    assert timeless[0] == timeless[1]
+
+
+def test_kill_leaves_a_checkpoint(command, tmp_path):
+    process = run(*command, "--epochs=1000")
+    log, last = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "last.pth"
+    while not (log.exists() and len(log_of(tmp_path / "run")) >= 2):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done = torch.load(last, weights_only=True)["epoch"]
+    assert done >= 1
+    tinymim.main([*command, f"--epochs={done + 1}", "--resume"])
+    assert [record["epoch"] for record in log_of(tmp_path / "run")] == list(range(1, done + 2))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_is_one_line(command, tmp_path, how):
+    process = run(*command, "--epochs=1000", "--workers=2")
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(how)
+    out, err = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in err and "--resume goes on" in err.splitlines()[-1]
+    tinymim.load_teacher(str(tmp_path / "run" / "last.pth"))
+
+
+def test_full_disk_loses_nothing(tmp_path):
+    path = tmp_path / "last.pth"
+    tinymim.replace_file(path, lambda file: torch.save({"epoch": 1}, file))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # writing past it fails as on a full disk
+    try:
+        with pytest.raises(UserError, match="cannot write .*last.pth"):
+            tinymim.replace_file(path, lambda file: torch.save({"epoch": torch.zeros(100_000)}, file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pth"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, capsys):
+    fails(capsys, 1, "at step", "last good checkpoint is", options=command + ["--blr=1e30", "--warmup-epochs=0"])
+    assert all(tensor.isfinite().all() for tensor in model_of(tmp_path / "run").values())
+
+
+def test_a_run_is_never_overwritten(command, tmp_path, capsys):
+    tinymim.main(command + ["--epochs=1"])
+    before = (tmp_path / "run" / "last.pth").read_bytes()
+    fails(capsys, 1, "already holds a run", "--resume", options=command)
+    fails(capsys, 2, "--seed", "0", "1", options=command + ["--resume", "--epochs=1", "--seed=1"])
+    assert (tmp_path / "run" / "last.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("code, says, options", [
+    (2, "--student", ["--student=huge"]),
+    (2, "--epochs", ["--epochs=0"]),
+    (2, "--epochs", ["--epochs=ten"]),
+    (2, "--drop-path", ["--drop-path=1"]),
+    (2, "--relations", ["--relations", "qx"]),
+    (2, "--warmup-epochs", ["--warmup-epochs=5"]),
+    (2, "24", ["--heads=5"]),
+    (2, "relation heads", ["--relation-heads=7"]),
+    (2, "blocks 1 to 4", ["--teacher-block=9"]),
+    (2, "patches", ["--patch-size=16"]),
+    (1, "patches of 8", ["--img-size=30"]),
+    (1, "batch-size", ["--batch-size=100"]),
+    (1, "batch-size", ["--accum=100"]),
+    (1, "no such file", ["--teacher=mae_bass"]),
+    (1, "mae_large", ["--teacher=mae_bass"]),
+    (1, "no such folder", ["--data=/nonexistent"]),
+    (1, "no run to go on with", ["--resume"]),
+    (1, "no GPU", ["--device=cuda"]),
+])
+def test_usage_errors(command, capsys, code, says, options):
+    if "--device=cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    fails(capsys, code, says, options=command + options)
+
+
+def test_data_errors(command, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    fails(capsys, 1, "no images", options=command + [f"--data={tmp_path / 'empty'}"])
+    (tmp_path / "file").touch()
+    fails(capsys, 1, "no such folder", options=command + [f"--data={tmp_path / 'file'}"])
+    fails(capsys, 1, "cannot", str(tmp_path / "file"), options=command + [f"--out={tmp_path / 'file' / 'run'}"])
+
+
+def test_no_network(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, 1, "mae_pretrain_vit_large.pth", "put it at", options=command + ["--teacher=mae_large"])
+    fails(capsys, 1, "Imagenette", "imagenette2-320.tgz", "--data", options=command + ["--data=imagenette"])
+    assert os.listdir(tmp_path / "data") == []
