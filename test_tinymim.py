@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
+import finetune
 import tinymim
 from tinymim import UserError, ViT, relation, relation_loss
 
@@ -254,7 +255,7 @@ def test_sizes():
 
 
 def test_teacher_stays_frozen_and_in_eval_mode():
-    objective = tinymim.TinyMIM(ViT(**SMALL), ViT(**WIDER, drop_path=0.9).requires_grad_(False), 4, 4)
+    objective = tinymim.TinyMIM(ViT(**SMALL), ViT(**WIDER).requires_grad_(False), 4, 4)
     objective.train()
     assert objective.student.training and not objective.teacher.training
     images = torch.randn(2, 3, 32, 32)
@@ -522,7 +523,7 @@ def test_a_run(command, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "run")) == ["last.pth", "log.jsonl", "relations.png"]
     assert Image.open(tmp_path / "run" / "relations.png").size == (2 + 7 * 114, 16 + 6 * 114)
     checkpoint = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
-    assert set(checkpoint) == {"model", "config", "optimizer", "scaler", "epoch", "rng", "args"}
+    assert set(checkpoint) == {"model", "config", "optimizer", "scaler", "epoch", "rng", "args", "auxiliary"}
     assert checkpoint["config"] == SMALL | {"relation_heads": 4} and checkpoint["epoch"] == 8
     student = tinymim.load_teacher(str(tmp_path / "run" / "last.pth"))  # a student is a valid teacher
     assert (student.heads, student.relation_heads) == (2, 4)
@@ -532,8 +533,14 @@ def test_a_run(command, tmp_path, capsys):
 
 def test_defaults_are_the_papers():
     args = tinymim.make_parser().parse_args([])
-    assert (args.student, args.teacher, args.relations, args.epochs, args.blr) == ("tiny", "mae_base", ["qq", "kk", "vv"], 300, 1.5e-4)
-    assert (args.weight_decay, args.drop_path, args.min_lr, args.accum) == (0.05, 0.1, 0.0, 1)
+    assert tinymim.complete(args) == "tiny-mae_base"
+    assert (args.target, args.relations, args.epochs, args.warmup_epochs) == (["relation"], ["qq", "kk", "vv"], 300, 15)
+    assert (args.blr, args.min_lr, args.weight_decay, args.drop_path, args.teacher_drop_path) == (1.5e-4, 0.0, 0.05, 0.1, 0.0)
+    assert (args.mask_ratio, args.accum, args.amp) == (0.0, 1, "auto")
+    args = tinymim.make_parser().parse_args(["--target", "pixel"])  # MAE
+    assert tinymim.complete(args) == "tiny-mae" and args.teacher is None
+    assert (args.mask_ratio, args.epochs, args.warmup_epochs, args.drop_path, args.blr) == (0.75, 800, 40, 0.0, 1.5e-4)
+    assert args.decoder == [512, 8, 16]
 
 
 def test_weight_decay_groups():
@@ -549,8 +556,8 @@ def test_weight_decay_groups():
 def test_updates_are_adamw_on_the_sum_of_the_losses(command, tmp_path, teacher_file, photos):
     """Three updates of the command are three of a plain loop of a few lines."""
     tinymim.main(command + ["--epochs=1", "--warmup-epochs=0.5", "--drop-path=0"])
-    torch.manual_seed(0)
     teacher = tinymim.load_teacher(str(teacher_file), heads=4)
+    torch.manual_seed(0)
     student = ViT(**SMALL)
     objective = tinymim.TinyMIM(student, teacher, 3, 4)
     optimizer = torch.optim.AdamW(tinymim.parameter_groups(student, 0.05), betas=(0.9, 0.95))
@@ -606,6 +613,7 @@ def test_resuming_is_exact(command, tmp_path, monkeypatch, capsys):
 
 
 def test_kill_leaves_a_checkpoint(command, tmp_path):
+    command += ["--warmup-epochs=1"]
     process = run(*command, "--epochs=1000")
     log, last = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "last.pth"
     while not (log.exists() and len(log_of(tmp_path / "run")) >= 2):
@@ -698,3 +706,449 @@ def test_no_network(command, tmp_path, capsys, monkeypatch):
     fails(capsys, 1, "mae_pretrain_vit_large.pth", "put it at", options=command + ["--teacher=mae_large"])
     fails(capsys, 1, "Imagenette", "imagenette2-320.tgz", "--data", options=command + ["--data=imagenette"])
     assert os.listdir(tmp_path / "data") == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The other targets.
+
+
+def test_golden_mae():
+    """Both losses, the latent, the prediction, and which patches are masked."""
+    student = ViT(768, 12, 12)
+    objective = tinymim.TinyMIM(student, targets=["pixel"], mask_ratio=0.75, decoder=(512, 8, 16))
+    filled(student, "mae.")
+    for name, parameter in filled(objective.decoder, "").named_parameters():
+        if name != "pos_embed":
+            u = fill("mae." + ("" if name == "mask_token" else "decoder_") + name, *parameter.shape)
+            parameter.data = 1 + 0.1 * u if "norm" in name and name.endswith("weight") else 0.08 * u
+    images, noise = 2 * fill("images", 2, 3, 224, 224), (fill("noise", 2, 196) + 1) / 2
+    keep, rank = tinymim.random_mask(noise, 0.75)
+    assert keep.shape == (2, 49)
+    assert (rank >= 49)[0, :12].tolist() == [True, True, True, False, False, True, True, True, True, False, True, True]
+    with torch.no_grad():
+        latent = student.norm(student.blocks[-1](student.tokens_entering(12, images, keep)))
+        predicted = objective.decoder(latent, rank)
+        assert latent.shape == (2, 50, 768)
+        for token, expected in [
+            (latent[0, 0], [-1.2372945736024303, 1.3275049180791632, 0.29686112952499166, 0.6050384389018685]),
+            (latent[1, 49], [0.08466664362994984, -1.8442532026117107, 0.6007483638902401, -0.08477623316288894]),
+            (predicted[0, 7], [1.0195772945072776, -0.6500561337543378, -0.07632810800078133, -1.8124896853005208]),
+        ]:
+            assert token[:4].tolist() == pytest.approx(expected, abs=1e-9)
+        assert objective(images, None, noise)["pixel"].item() == pytest.approx(2.101066305076665, abs=1e-9)
+        raw = tinymim.pixel_loss(predicted, images, rank >= 49, normalize=False)
+        assert raw.item() == pytest.approx(2.437229215615145, abs=1e-9)
+
+
+def two_networks(**options):
+    """(objective in float64 on random networks, images of two views): see TinyMIM."""
+    torch.manual_seed(0)
+    student, teacher = ViT(**SMALL).double(), ViT(**WIDER).double().requires_grad_(False)
+    objective = tinymim.TinyMIM(student, teacher, teacher_block=3, relation_heads=4, **options).double()
+    return objective, torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+
+def test_feature_and_class_token_losses():
+    """Element by element: smooth-L1 to the teacher's block output, less each token's mean and over its deviation."""
+    objective, seen, clean = two_networks(targets=["feature", "cls"])
+    losses = objective(seen, clean)
+    assert list(losses) == ["feature", "cls"]
+    teacher, student = objective.teacher, objective.student
+    target = teacher.blocks[2](teacher.tokens_entering(3, clean))
+    output = student.blocks[2](student.tokens_entering(3, seen))
+    for name, tokens in (("feature", range(17)), ("cls", range(1))):
+        total, weight, bias = 0.0, objective.maps[name].weight, objective.maps[name].bias
+        for image in range(2):
+            for token in tokens:
+                wanted = target[image, token]
+                wanted = (wanted - wanted.mean()) / (wanted.var(unbiased=False) + 1e-5).sqrt()
+                for difference in (weight @ output[image, token] + bias - wanted).abs().tolist():
+                    total += 0.5 * difference**2 if difference < 1 else difference - 0.5
+        assert losses[name].item() == pytest.approx(total / (2 * len(tokens) * 48), abs=1e-12)
+
+
+def test_masked_relation_is_the_relation_of_the_visible_tokens():
+    objective, seen, clean = two_networks(mask_ratio=0.5)
+    noise = torch.rand(2, 16)
+    keep, _ = tinymim.random_mask(noise, 0.5)
+    assert keep.shape == (2, 8)
+    qkv = []
+    for vit, images, block in ((objective.student, seen, 3), (objective.teacher, clean, 3)):
+        tokens = vit.patch_embed(images).flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
+        tokens = torch.stack([tokens[image][keep[image]] for image in range(2)])
+        tokens = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(2, -1, -1), tokens], dim=1)
+        for i in range(block - 1):
+            tokens = vit.blocks[i](tokens)
+        qkv.append(vit.blocks[block - 1].qkv(tokens))
+    expected = relation_loss(*qkv, heads=4)
+    same(objective(seen, clean, noise), expected, **EXACT)
+
+
+ALL = ["relation", "feature", "cls", "pixel"]
+
+
+def test_all_targets_at_once():
+    """Each loss is what it is alone; the teacher learns nothing, and everything else that is trained does."""
+    objective, seen, clean = two_networks(targets=ALL, mask_ratio=0.5, decoder=(16, 2, 2))
+    noise = torch.rand(2, 16)
+    losses = objective(seen, clean, noise)
+    assert list(losses) == ["qq", "kk", "vv", "feature", "cls", "pixel"]
+    for target in ALL:
+        alone = two_networks(targets=[target], mask_ratio=0.5, decoder=(16, 2, 2))[0]
+        state = {name: t for name, t in objective.state_dict().items() if name in alone.state_dict()}
+        alone.load_state_dict(state)
+        for name, loss in alone(seen, clean, noise).items():
+            torch.testing.assert_close(loss, losses[name], **EXACT)
+    sum(losses.values()).backward()
+    for name, parameter in objective.named_parameters():
+        assert (parameter.grad is not None) == (not name.startswith("teacher.") and not name.endswith("pos_embed")), name
+
+
+@pytest.mark.parametrize("targets", [["relation"], ["feature"], ["cls"], ["pixel"], ["relation", "pixel"], ["relation", "feature"]])
+def test_what_is_trained_gets_a_gradient(targets):
+    """So that DistributedDataParallel waits for nothing."""
+    objective, seen, clean = two_networks(targets=targets, mask_ratio=0.5 if "pixel" in targets else 0.0, decoder=(16, 1, 2))
+    sum(objective(seen, clean).values()).backward()
+    assert all(parameter.requires_grad == (parameter.grad is not None) for parameter in objective.parameters())
+
+
+def test_teacher_drop_path(command, tmp_path, monkeypatch):
+    objective, seen, clean = two_networks()
+    teacher = ViT(**WIDER, drop_path=0.5).double().requires_grad_(False)
+    objective = tinymim.TinyMIM(objective.student, teacher, 3, 4).double()
+    assert objective.train().teacher.training and not objective.eval().teacher.training
+    drawn = {float(sum(objective.train()(seen, clean).values())) for _ in range(4)}
+    assert len(drawn) > 1
+
+
+OPTIONS = {  # what each changes of args, and of what is built
+    "--target feature cls": lambda o: (o.targets == ("feature", "cls"), set(o.maps) == {"feature", "cls"}),
+    "--target relation pixel": lambda o: (o.targets == ("relation", "pixel"), o.mask_ratio == 0.75, len(o.decoder.blocks) == 8),
+    "--target relation pixel --decoder 16 1 2": lambda o: (o.decoder.embed.out_features == 16, o.decoder.blocks[0].attn.heads == 2),
+    "--mask-ratio 0.5": lambda o: (o.mask_ratio == 0.5,),
+    "--drop-path 0.3": lambda o: tuple(block.drop_path.p == 0.3 for block in o.student.blocks),
+    "--teacher-drop-path 0.3": lambda o: tuple(block.drop_path.p == 0.3 for block in o.teacher.blocks),
+    "--teacher-block 2": lambda o: (o.teacher_block == 2,),
+    "--relations qk vv": lambda o: (o.relations == ("qk", "vv"),),
+    "--relation-heads 6": lambda o: (o.relation_heads == 6,),
+    "--img-size 64": lambda o: (o.student.img_size == o.teacher.img_size == 64,),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_each_option_changes_what_it_should_and_nothing_else(command, options):
+    def built(options):
+        args = tinymim.make_parser().parse_args([*command, *options])
+        tinymim.complete(args)
+        objective, _ = tinymim.build(args, tinymim.Machine(torch.device("cpu"), 0, 0, 1))
+        return objective, dict(
+            targets=objective.targets, relations=objective.relations, heads=objective.relation_heads, block=objective.teacher_block,
+            mask=objective.mask_ratio, drop=objective.student.drop_path, teacher_drop=objective.teacher.drop_path,
+            size=objective.student.img_size, weights=float(objective.student.blocks[0].attn.qkv.weight.sum()))
+
+    objective, changed = built(options.split())
+    usual = built([])[1]
+    assert all(OPTIONS[options](objective))
+    assert usual == dict(targets=("relation",), relations=("qq", "kk", "vv"), heads=4, block=3, mask=0.0, drop=0.1, teacher_drop=0.0,
+                         size=32, weights=changed["weights"])
+    allowed = {"relation pixel": {"targets", "mask"}, "feature cls": {"targets", "heads"}, "--mask": {"mask"}, "--drop": {"drop"},
+               "--teacher-drop": {"teacher_drop"}, "--teacher-block": {"block"}, "--relations": {"relations"},
+               "--relation-heads": {"heads"}, "--img-size": {"size"}}
+    assert {name for name in usual if usual[name] != changed[name]} == next(names for start, names in allowed.items() if start in options)
+
+
+def test_mae_then_distillation_then_finetuning(command, tmp_path, pictures, capsys):
+    """One's own teacher on one's own data: MAE's last.pth is a valid --teacher and a valid --checkpoint."""
+    mae = [option for option in command if "teacher" not in option and "--out" not in option] + [
+        "--target", "pixel", "--patch-size=8", "--img-size=32", "--decoder", "16", "1", "2", "--epochs=2"]
+    tinymim.main(mae + [f"--out={tmp_path / 'mae'}"])
+    assert list(log_of(tmp_path / "mae")[0])[:3] == ["epoch", "loss", "pixel"]
+    saved = torch.load(tmp_path / "mae" / "last.pth", weights_only=True)
+    assert saved["model"].keys() == ViT(**SMALL).state_dict().keys() and any("decoder" in name for name in saved["auxiliary"])
+    distil = [option for option in command if "teacher" not in option and "--out" not in option]
+    tinymim.main(distil + [f"--teacher={tmp_path / 'mae' / 'last.pth'}", f"--out={tmp_path / 'student'}", "--relation-heads=6", "--epochs=1"])
+    config = torch.load(tmp_path / "student" / "last.pth", weights_only=True)["config"]
+    assert config == SMALL | {"relation_heads": 6}
+    tinymim.main(distil + [f"--teacher={tmp_path / 'student' / 'last.pth'}", f"--out={tmp_path / 'next'}", "--epochs=1"])
+    assert torch.load(tmp_path / "next" / "last.pth", weights_only=True)["config"]["relation_heads"] == 6
+    finetune.main([f"--checkpoint={tmp_path / 'mae' / 'last.pth'}", f"--data={pictures}", f"--out={tmp_path / 'tuned'}", "--epochs=1",
+                   "--batch-size=10", "--workers=0", "--device=cpu"])
+    assert "left out of the checkpoint: norm" in capsys.readouterr().out
+
+
+def test_resuming_mae_is_exact(command, tmp_path, monkeypatch):
+    """The decoder and the linear maps go on too, and the masks are those of the uninterrupted run."""
+    command += ["--target", "relation", "feature", "pixel", "--decoder", "16", "1", "2", "--epochs=2"]
+    tinymim.main(command + [f"--out={tmp_path / 'whole'}"])
+    train_epoch = tinymim.train_epoch
+    monkeypatch.setattr(tinymim, "train_epoch", lambda *args: signal.raise_signal(signal.SIGINT) if args[7] else train_epoch(*args))
+    with pytest.raises(SystemExit):
+        tinymim.main(command)
+    monkeypatch.setattr(tinymim, "train_epoch", train_epoch)
+    tinymim.main(command + ["--resume"])
+    whole, resumed = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("whole", "run"))
+    same(whole["model"], resumed["model"], **EXACT)
+    same(whole["auxiliary"], resumed["auxiliary"], **EXACT)
+
+
+@pytest.mark.parametrize("code, says, options", [
+    (2, "MAE", ["--target", "pixel"]),  # with the --teacher of `command`
+    (2, "no patch to predict", ["--target", "relation", "pixel", "--mask-ratio=0.01"]),
+    (2, "--mask-ratio", ["--mask-ratio=1"]),
+    (2, "--target", ["--target", "pixels"]),
+    (2, "divide", ["--target", "relation", "pixel", "--decoder", "30", "1", "4"]),
+])
+def test_errors_of_the_targets(command, capsys, code, says, options):
+    fails(capsys, code, says, options=command + options)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# finetune.py.
+
+
+def test_golden_classifier():
+    model = filled(finetune.Classifier(192, 12, 3), "ft.", also=["pos_embed"])
+    with torch.no_grad():
+        logits = model(2 * fill("images", 2, 3, 224, 224))
+    expected = [0.07162610234623845, 0.5291574265645436, -0.8211863038311218, 0.9171481237313825]
+    assert logits[0, :4].tolist() == pytest.approx(expected, abs=1e-9)
+    assert logits[1].argmax() == 323 and sum(p.numel() for p in model.parameters()) == 5717416
+    new = model.state_dict().keys() - ViT(192, 12, 3).state_dict().keys()
+    assert new == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+
+
+def test_golden_layer_decay():
+    model = finetune.Classifier(192, 12, 3)
+    groups = {id(p): (group["lr_scale"], group["weight_decay"]) for group in finetune.parameter_groups(model, 0.05, 0.65)
+              for p in group["params"]}
+    assert len(groups) == len(list(model.parameters()))
+    for name, expected in {
+        "cls_token": (0.003697205891, 0.0), "pos_embed": (0.003697205891, 0.0), "patch_embed.proj.weight": (0.003697205891, 0.05),
+        "patch_embed.proj.bias": (0.003697205891, 0.0), "blocks.0.norm1.weight": (0.005688009063, 0.0),
+        "blocks.0.attn.qkv.weight": (0.005688009063, 0.05), "blocks.5.mlp.fc1.bias": (0.049022278906, 0.0),
+        "blocks.11.mlp.fc2.weight": (0.65, 0.05), "fc_norm.weight": (1.0, 0.0), "head.weight": (1.0, 0.05), "head.bias": (1.0, 0.0),
+    }.items():
+        assert groups[id(model.get_parameter(name))] == pytest.approx(expected, abs=1e-9), name
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_timm_agrees(pool):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    ours = finetune.Classifier(192, 12, 3, cls_token=pool == "token").eval()
+    for parameter in ours.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    theirs = timm.create_model("vit_tiny_patch16_224", global_pool=pool).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+    again = finetune.Classifier(192, 12, 3, cls_token=pool == "token")
+    again.load_state_dict(theirs.state_dict(), strict=True)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """train/ and val/ of three classes that colour tells apart: 20 and 7 pictures of each."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.RandomState(0)
+    for split, count in (("train", 20), ("val", 7)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = random.randint(0, 120, (32, 32, 3), dtype=np.uint8)
+                image[..., channel] += random.randint(60, 136)
+                Image.fromarray(image).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def tuning(pictures, tmp_path):
+    """Options of a training from scratch that takes a second."""
+    return ["--checkpoint=none", "--dim=24", "--depth=3", "--heads=2", "--patch-size=8", "--img-size=32", f"--data={pictures}",
+            f"--out={tmp_path / 'tuned'}", "--batch-size=10", "--epochs=3", "--blr=0.1", "--workers=1", "--device=cpu"]
+
+
+def accuracy(capsys, *options):
+    """(right answers, images, loss) that --eval prints."""
+    finetune.main([*map(str, options), "--eval", "--device=cpu", "--workers=0"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    return int(line.split("(")[1].split()[0]), int(line.split(" of ")[1].split()[0]), float(line.split("loss ")[1].split()[0])
+
+
+def test_finetuning_learns_and_is_evaluated_exactly(tuning, pictures, tmp_path, capsys):
+    finetune.main(tuning + ["--epochs=12"])
+    log = log_of(tmp_path / "tuned")
+    assert list(log[0]) == ["epoch", "loss", "lr", "images/s", "top1", "top5", "val_loss", "right", "images", "peak_memory_gib"]
+    assert log[-1]["top1"] > 60 and log[-1]["images"] == 21
+    assert sorted(os.listdir(tmp_path / "tuned")) == ["augmented.png", "best.pth", "last.pth", "log.jsonl"]
+    right, images, loss = accuracy(capsys, f"--checkpoint={tmp_path / 'tuned' / 'last.pth'}", f"--data={pictures}")
+    assert (right, images) == (log[-1]["right"], 21) and loss == round(log[-1]["val_loss"], 4)
+    right, _, _ = accuracy(capsys, f"--checkpoint={tmp_path / 'tuned' / 'best.pth'}", f"--data={pictures}")
+    assert right == max(record["right"] for record in log)
+
+
+def test_finetuning_resumes_exactly(tuning, tmp_path, monkeypatch, capsys):
+    tuning += ["--drop-path=0.2"]
+    finetune.main(tuning + [f"--out={tmp_path / 'whole'}"])
+    train_epoch = tinymim.train_epoch
+
+    def interrupted(*args):
+        if args[7] == 2:
+            signal.raise_signal(signal.SIGINT)
+        return train_epoch(*args)
+
+    monkeypatch.setattr(tinymim, "train_epoch", interrupted)
+    with pytest.raises(SystemExit):
+        finetune.main(tuning)
+    monkeypatch.setattr(tinymim, "train_epoch", train_epoch)
+    finetune.main([f"--out={tmp_path / 'tuned'}", "--resume"])
+    same(model_of(tmp_path / "tuned"), model_of(tmp_path / "whole"), **EXACT)
+    assert [record["val_loss"] for record in log_of(tmp_path / "tuned")] == [record["val_loss"] for record in log_of(tmp_path / "whole")]
+
+
+def test_two_processes_count_as_one(tuning, pictures, tmp_path, capsys):
+    """21 images, two processes, batches of 10."""
+    finetune.main(tuning)
+    checkpoint = tmp_path / "tuned" / "last.pth"
+    one = accuracy(capsys, f"--checkpoint={checkpoint}", f"--data={pictures}")
+    process = run(f"--checkpoint={checkpoint}", f"--data={pictures}", "--eval", "--batch-size=10", "--workers=1", "--device=cpu",
+                  script="finetune.py", processes=2)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert f"({one[0]} of 21 right" in out and f"loss {one[2]:.4f}" in out and out.count("top-1") == 1
+
+
+def test_evaluation_among_some_of_the_classes(tuning, pictures, tmp_path, capsys):
+    """A folder that lacks a class: predictions are made among those it has, by name."""
+    finetune.main(tuning + ["--epochs=6"])
+    checkpoint = torch.load(tmp_path / "tuned" / "last.pth", weights_only=True)
+    assert checkpoint["config"]["class_names"] == ["blue", "green", "red"]
+    some = tmp_path / "some"
+    for name in ("green", "red"):
+        shutil.copytree(pictures / "val" / name, some / name)
+    right, images, _ = accuracy(capsys, f"--checkpoint={tmp_path / 'tuned' / 'last.pth'}", f"--data={some}")
+    model = finetune.Classifier(24, 3, 2, num_classes=3, patch_size=8, img_size=32)
+    model.load_state_dict(checkpoint["model"])
+    expected = 0
+    for label, name in enumerate(("green", "red")):
+        for path in (some / name).iterdir():
+            image = v2.CenterCrop(32)(v2.Resize(36, interpolation=v2.InterpolationMode.BICUBIC)(tinymim.decode(str(path))))
+            with torch.no_grad():
+                expected += int(model.eval()(tinymim.Normalize()(image[None] / 255))[0, 1:].argmax() == label)
+    assert (right, images) == (expected, 14)
+
+    bare = tmp_path / "bare.pth"  # MAE's files do not tell the classes
+    torch.save({"model": checkpoint["model"]}, bare)
+    options = [f"--checkpoint={bare}", "--heads=2", "--eval", f"--data={some}", "--device=cpu", "--workers=0"]
+    fails(capsys, 1, "--class-names", main=finetune.main, options=options)
+    assert accuracy(capsys, *options, f"--class-names={pictures / 'train'}")[:2] == (right, images)
+    shutil.move(some / "red", some / "violet")
+    fails(capsys, 1, "violet", main=finetune.main, options=[f"--checkpoint={tmp_path / 'tuned' / 'last.pth'}", "--eval", f"--data={some}"])
+
+
+def test_what_finetuning_starts_from(command, tuning, pictures, tmp_path, capsys):
+    """Our last.pth, with its position embeddings; what is new and what was left out is said in one line."""
+    tinymim.main(command + ["--epochs=1"])
+    capsys.readouterr()
+    options = [f"--data={pictures}", "--epochs=1", "--batch-size=10", "--workers=0", "--device=cpu", "--warmup-epochs=0", "--blr=0", "--min-lr=0"]
+    finetune.main([f"--checkpoint={tmp_path / 'run' / 'last.pth'}", f"--out={tmp_path / 'tuned'}", *options])
+    line = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert len(line) == 1 and "new fc_norm, head;" in line[0] and line[0].endswith("left out of the checkpoint: norm")
+    student, tuned = model_of(tmp_path / "run"), model_of(tmp_path / "tuned")
+    same({k: t for k, t in tuned.items() if k in student}, {k: t for k, t in student.items() if k in tuned}, **EXACT)
+    finetune.main([f"--checkpoint={tmp_path / 'run' / 'last.pth'}", f"--out={tmp_path / 'cls'}", "--cls-token", "--img-size=64", *options])
+    assert "new head; left out of the checkpoint: nothing" in capsys.readouterr().out
+    assert model_of(tmp_path / "cls")["pos_embed"].shape == (1, 65, 24)
+
+
+def test_linear_probe_trains_the_head_alone(tuning, tmp_path, capsys):
+    finetune.main(tuning + ["--freeze", "--epochs=1", f"--out={tmp_path / 'start'}", "--blr=0"])
+    finetune.main(tuning + ["--freeze", "--epochs=6"])
+    before, after = model_of(tmp_path / "start"), model_of(tmp_path / "tuned")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.weight", "head.bias", "head_norm.running_mean", "head_norm.running_var", "head_norm.num_batches_tracked"}
+    log = log_of(tmp_path / "tuned")
+    assert log[-1]["top1"] > 50
+    right, _, loss = accuracy(capsys, f"--checkpoint={tmp_path / 'tuned' / 'last.pth'}", f"--data={tuning[6].split('=')[1]}")
+    assert right == log[-1]["right"] and loss == round(log[-1]["val_loss"], 4)
+
+
+def test_augmentation_is_the_recipe():
+    torch.manual_seed(0)
+    crop = finetune.Crop(16)
+    randaugment = crop.augment.transforms[2]
+    assert (randaugment.num_ops, randaugment.magnitude, randaugment.num_magnitude_bins) == (2, 27, 31)
+    image = torch.full((3, 20, 20), 100, dtype=torch.uint8)
+    boxes = torch.stack([crop(image)[1] for _ in range(800)])
+    erased = boxes[boxes[:, 2] > 0]
+    assert 0.2 < len(erased) / 800 < 0.3
+    area = (erased[:, 2] * erased[:, 3]).double().mean() / 256
+    assert 0.1 < area < 0.25  # between 2% and a third, evenly
+
+    augment = finetune.Augment(num_classes=4)
+    crops, labels = torch.full((4, 3, 16, 16), 128, dtype=torch.uint8), torch.arange(4)
+    crops[1:] = 0
+    boxes = torch.tensor([[2, 3, 4, 5]] + 3 * [[0, 0, 0, 0]])
+    del augment.mix
+    augment.mix = lambda images, labels: (images, labels)
+    images, _ = augment((crops, boxes), labels)
+    noise = torch.zeros(16, 16, dtype=torch.bool)
+    noise[2:6, 3:8] = True
+    clean = augment.normalize(crops / 255)
+    assert torch.equal(images[0, :, ~noise], clean[0, :, ~noise]) and torch.equal(images[1:], clean[1:])
+    assert len(images[0, :, noise].unique()) == 60 and abs(images[0, :, noise].mean()) < 0.5
+
+    augment, boxes, mixed, cut = finetune.Augment(num_classes=4), torch.zeros(4, 4, dtype=torch.long), 0, 0
+    crops = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 16, 16) * 60
+    for _ in range(60):
+        images, targets = augment((crops, boxes), labels)
+        torch.testing.assert_close(targets.sum(1), torch.ones(4))
+        flat = (images.amax((2, 3)) - images.amin((2, 3)) < 1e-4).all()
+        mixed, cut = mixed + int(flat and targets.max() < 0.999), cut + int(not flat)
+    assert mixed > 10 and cut > 10
+
+
+def test_finetuning_defaults_follow_the_size(photos, tmp_path):
+    args = finetune.make_parser().parse_args(["--checkpoint=x"])
+    machine = tinymim.Machine(torch.device("cpu"), 0, 0, 1)
+    base = finetune.recipe(args, 768)
+    assert (base["epochs"], base["blr"], base["layer_decay"], base["drop_path"], base["min_lr"]) == (100, 5e-4, 0.65, 0.2, 1e-6)
+    assert finetune.recipe(args, 192)["blr"] > base["blr"] and finetune.recipe(args, 384)["blr"] > base["blr"]
+    model, config, _ = finetune.build(finetune.make_parser().parse_args(["--checkpoint=none"]), machine, "none", 7)
+    assert config == dict(dim=192, depth=12, heads=3, patch_size=16, img_size=224, num_classes=7, cls_token=False, probe=False, class_names=None)
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.2) and model.pos_embed.requires_grad
+    rates = [block.drop_path.p for block in finetune.Classifier(24, 3, 2, drop_path=0.2).blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2])
+
+
+NEW = ["--checkpoint=none", "--student=nano", "--patch-size=8", "--img-size=32"]
+
+
+@pytest.mark.parametrize("code, says, options", [
+    (2, "--checkpoint is missing", []),
+    (2, "patches", [*NEW, "--img-size=30"]),
+    (2, "--warmup-epochs", [*NEW, "--warmup-epochs=3"]),
+    (2, "--dim", ["--checkpoint={teacher}", "--dim=48"]),
+    (1, "no such file", ["--checkpoint=missing.pth"]),
+    (1, "--heads", ["--checkpoint={teacher}"]),
+    (1, "no head", ["--checkpoint={teacher}", "--eval", "--heads=4"]),
+    (1, "batch-size", [*NEW, "--batch-size=100"]),
+    (1, "no such folder", [*NEW, "--data=/nonexistent"]),
+    (1, "no folder val", [*NEW, "--data={no_val}"]),
+    (1, "differ: red", [*NEW, "--data={other}"]),
+    (1, "yellow", [*NEW, "--data={empty}"]),
+    (1, "only the class red", [*NEW, "--data={single}"]),
+    (1, "no run to go on with", [*NEW, "--resume"]),
+])
+def test_finetuning_errors(teacher_file, pictures, tmp_path, capsys, code, says, options):
+    folders = {name: tmp_path / name for name in ("no_val", "other", "empty", "single")}
+    shutil.copytree(pictures / "train", folders["no_val"] / "train")
+    for name in ("other", "empty"):
+        shutil.copytree(pictures, folders[name])
+    shutil.move(folders["other"] / "val" / "red", folders["other"] / "val" / "yellow")
+    (folders["empty"] / "train" / "yellow").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(pictures / split / "red", folders["single"] / split / "red")
+    options = [option.format(teacher=teacher_file, **folders) for option in options]
+    shared = [f"--data={pictures}", f"--out={tmp_path / 'tuned'}", "--batch-size=10", "--epochs=3", "--workers=0", "--device=cpu"]
+    fails(capsys, code, says, main=finetune.main, options=shared + options)

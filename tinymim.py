@@ -69,8 +69,10 @@ STUDENTS = {  # name: (dim, depth, heads)
 def sincos_pos_embed(dim, grid):
     """MAE's fixed position embeddings of grid x grid patches: (1, 1 + grid², dim), zeros for the class token.
 
-    The first half of the channels encodes a patch's column, the second half its row. dim must divide by 4.
+    The first half of the channels encodes a patch's column, the second half its row. ValueError unless dim divides by 4.
     """
+    if dim % 4:
+        raise ValueError(f"a width of {dim} does not divide by 4, as sin-cos position embeddings must")
     frequencies = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim/2)
@@ -83,6 +85,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"a width of {dim} does not divide into {heads} attention heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -126,9 +130,8 @@ class ViT(nn.Module):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"an image of {img_size} pixels does not divide into patches of {patch_size}")
-        if dim % heads or dim % 4:
-            raise ValueError(f"a width of {dim} must divide by 4 and by the number of heads, {heads}")
         self.dim, self.depth, self.heads, self.patch_size, self.img_size = dim, depth, heads, patch_size, img_size
+        self.drop_path = drop_path
         self.patch_embed = nn.Sequential(collections.OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, img_size // patch_size), requires_grad=False)
@@ -143,9 +146,14 @@ class ViT(nn.Module):
             nn.init.xavier_uniform_(module.weight.data.flatten(1))
             nn.init.zeros_(module.bias)
 
-    def tokens_entering(self, block, images):
-        """The tokens (B, 1+N, dim) that enter block `block`, counted from 1, for images (B, 3, H, W)."""
+    def tokens_entering(self, block, images, keep=None):
+        """The tokens (B, 1+N, dim) that enter block `block`, counted from 1, for images (B, 3, H, W).
+
+        keep: (B, n) indices of the only patches each image shows, then there are 1+n tokens; None: all.
+        """
         x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]  # (B, N, dim)
+        if keep is not None:
+            x = x.gather(1, keep[:, :, None].expand(-1, -1, self.dim))
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)
         for i in range(block - 1):
@@ -230,7 +238,7 @@ def read_checkpoint(path):
     return tensors, checkpoint.get("config", {}), checkpoint
 
 
-def architecture(tensors, config, path, heads=None):
+def architecture(tensors, config, path, heads=None, option="--teacher-heads"):
     """The keyword arguments with which ViT(...) fits these tensors. Raises UserError.
 
     Tensors do not tell the number of heads: it is `heads`, or our config's, or that of the published width.
@@ -243,7 +251,7 @@ def architecture(tensors, config, path, heads=None):
         raise UserError(f"{path} holds no ViT as MAE has it: pos_embed or blocks are missing or misshapen") from error
     heads = heads or config.get("heads") or HEADS.get(dim)
     if heads is None:
-        raise UserError(f"{path}: how many attention heads has a ViT of width {dim}? Say so with --teacher-heads")
+        raise UserError(f"{path}: how many attention heads has a ViT of width {dim}? Say so with {option}")
     return dict(dim=dim, depth=depth, heads=heads, patch_size=patch_size, img_size=grid * patch_size)
 
 
@@ -322,16 +330,90 @@ def relation_loss(student_qkv, teacher_qkv, heads, pairs=("qq", "kk", "vv")):
     return losses
 
 
-class TinyMIM(nn.Module):
-    """The training objective: a student and its frozen teacher in, losses by name out.
+def feature_loss(predicted, target):
+    """Smooth-L1 between predicted features and the teacher's, (B, N, D), normalised by a LayerNorm without weights."""
+    return F.smooth_l1_loss(predicted, F.layer_norm(target.detach(), target.shape[-1:]))
 
-    teacher_block: where the teacher's relations are taken, counted from 1; the student's are its last block's.
-    Parameters of the student behind its last qkv get no gradient and are frozen, as in the authors' code.
-    Raises ValueError for a combination that cannot work.
+
+def random_mask(noise, ratio):
+    """MAE's masking: the patches with the least noise (B, N) stay, all but `ratio` of them.
+
+    Returns keep (B, n), the indices of those that stay, and rank (B, N), each patch's place in the order of the noise: it
+    is masked where rank >= n.
+    """
+    order = noise.argsort(dim=1)
+    return order[:, :int(noise.shape[1] * (1 - ratio))], order.argsort(dim=1)
+
+
+class Decoder(nn.Module):
+    """MAE's decoder: the tokens of the visible patches to the pixels of all. dim: the encoder's; width, depth, heads: its own."""
+
+    def __init__(self, dim, patch_size, img_size, width=512, depth=8, heads=16):
+        super().__init__()
+        self.embed = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(sincos_pos_embed(width, img_size // patch_size), requires_grad=False)
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pred = nn.Linear(width, patch_size**2 * 3)
+        self.apply(ViT.init_weights)
+
+    def forward(self, tokens, rank):
+        """Encoder's normalised tokens (B, 1+n, dim) and rank (B, N), see random_mask, to (B, N, patch_size² * 3)."""
+        x = self.embed(tokens)
+        masked = self.mask_token.to(x.dtype).expand(len(x), rank.shape[1] - (x.shape[1] - 1), -1)
+        patches = torch.cat([x[:, 1:], masked], dim=1).gather(1, rank[:, :, None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed
+        return self.pred(self.norm(self.blocks(x)))[:, 1:]
+
+
+def pixel_loss(predicted, images, masked, normalize=True):
+    """MAE's loss: the mean squared error over masked patches, each patch's pixels normalised by their mean and deviation.
+
+    predicted: (B, N, p² * 3). images: (B, 3, H, W), as the network sees them. masked: (B, N), true or false.
+    """
+    grid, p = math.isqrt(predicted.shape[1]), math.isqrt(predicted.shape[2] // 3)
+    target = images.unflatten(3, (grid, p)).unflatten(2, (grid, p)).permute(0, 2, 4, 3, 5, 1)  # (B, grid, grid, p, p, 3)
+    target = target.flatten(3).flatten(1, 2)
+    if normalize:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    error = (predicted - target).square().mean(-1)  # (B, N)
+    return (error * masked).sum() / masked.sum()
+
+
+class TinyMIM(nn.Module):
+    """The training objective: images in, losses by name out. Holds the student, the frozen teacher, and what else is trained.
+
+    targets: which losses, see section 4.3 of the paper. "relation": relation_loss, between the student's last block and the
+        teacher's block `teacher_block` (from 1). "feature": the student's last block's output, through a linear map, against
+        the output of the teacher's. "cls": the same for the class token alone. "pixel": MAE, which needs no teacher.
+    relation_heads, relations: see relation_loss. mask_ratio: the share of patches that neither network sees.
+    decoder: width, depth and heads of the pixel target's decoder.
+    Parameters of the student that the losses do not reach are frozen. Raises ValueError for what cannot work.
     """
 
-    def __init__(self, student, teacher, teacher_block, relation_heads, relations=("qq", "kk", "vv")):
+    def __init__(self, student, teacher=None, teacher_block=None, relation_heads=None, relations=("qq", "kk", "vv"),
+                 targets=("relation",), mask_ratio=0.0, decoder=(512, 8, 16)):
         super().__init__()
+        if teacher is not None:
+            self.check_fit(student, teacher, teacher_block, relation_heads if "relation" in targets else 1)
+        self.student, self.teacher, self.teacher_block = student, teacher, teacher_block
+        self.relation_heads, self.relations, self.targets = relation_heads, tuple(relations), tuple(targets)
+        self.mask_ratio = mask_ratio
+        self.maps = nn.ModuleDict({name: nn.Linear(student.dim, teacher.dim) for name in ("feature", "cls") if name in targets})
+        if "pixel" in targets:
+            if not 0 < int(mask_ratio * (student.pos_embed.shape[1] - 1)):
+                raise ValueError(f"a mask ratio of {mask_ratio} leaves the pixel target no patch to predict")
+            self.decoder = Decoder(student.dim, student.patch_size, student.img_size, *decoder)
+        else:
+            student.norm.requires_grad_(False)
+        if self.targets == ("relation",):
+            last = student.blocks[-1]
+            for unused in (last.attn.proj, last.norm2, last.mlp):
+                unused.requires_grad_(False)
+
+    @staticmethod
+    def check_fit(student, teacher, teacher_block, relation_heads):
         if not 1 <= teacher_block <= teacher.depth:
             raise ValueError(f"the teacher has blocks 1 to {teacher.depth}, not {teacher_block}")
         if student.pos_embed.shape[1] != teacher.pos_embed.shape[1]:
@@ -342,23 +424,53 @@ class TinyMIM(nn.Module):
             fitting = max(heads for heads in range(1, relation_heads) if shared % heads == 0)
             raise ValueError(f"widths of {student.dim} (student) and {teacher.dim} (teacher) do not both divide into "
                              f"{relation_heads} relation heads: try {fitting}")
-        self.student, self.teacher = student, teacher
-        self.teacher_block, self.relation_heads, self.relations = teacher_block, relation_heads, tuple(relations)
-        last = student.blocks[-1]
-        for unused in (last.attn.proj, last.norm2, last.mlp, student.norm):
-            unused.requires_grad_(False)
 
     def train(self, mode=True):
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not None and not self.teacher.drop_path:
+            self.teacher.eval()
         return self
 
-    def forward(self, student_images, teacher_images):
-        """Two views (B, 3, H, W) of the same crops to {pair: scalar loss}; their sum is what is minimised."""
-        with torch.no_grad():
-            teacher_qkv = self.teacher.qkv(teacher_images, self.teacher_block)
-        student_qkv = self.student.qkv(student_images, self.student.depth)
-        return relation_loss(student_qkv, teacher_qkv, self.relation_heads, self.relations)
+    def forward(self, student_images, teacher_images, noise=None):
+        """Two views (B, 3, H, W) of the same crops to {name: scalar loss}; their sum is what is minimised.
+
+        noise: (B, N), decides what is masked where mask_ratio > 0; drawn if not given.
+        """
+        student, teacher, keep, losses = self.student, self.teacher, None, {}
+        if self.mask_ratio:
+            if noise is None:
+                noise = torch.rand(len(student_images), student.pos_embed.shape[1] - 1, device=student_images.device)
+            keep, rank = random_mask(noise, self.mask_ratio)
+        student_last = student.blocks[-1]
+        student_tokens = student.tokens_entering(student.depth, student_images, keep)  # (B, 1+N, D_student)
+        if teacher is not None:
+            teacher_last = teacher.blocks[self.teacher_block - 1]
+            with torch.no_grad():
+                teacher_tokens = teacher.tokens_entering(self.teacher_block, teacher_images, keep)  # (B, 1+N, D_teacher)
+
+        if "relation" in self.targets:
+            with torch.no_grad():
+                teacher_qkv = teacher_last.qkv(teacher_tokens)
+            losses |= relation_loss(student_last.qkv(student_tokens), teacher_qkv, self.relation_heads, self.relations)
+        if self.targets == ("relation",):
+            return losses
+
+        student_output = student_last(student_tokens)
+        if self.maps:
+            with torch.no_grad():
+                teacher_output = teacher_last(teacher_tokens)
+        if "feature" in self.targets:
+            losses["feature"] = feature_loss(self.maps["feature"](student_output), teacher_output)
+        if "cls" in self.targets:
+            losses["cls"] = feature_loss(self.maps["cls"](student_output[:, :1]), teacher_output[:, :1])
+        if "pixel" in self.targets:
+            predicted = self.decoder(student.norm(student_output), rank)
+            losses["pixel"] = pixel_loss(predicted, student_images, masked=rank >= keep.shape[1])
+        return losses
+
+    def auxiliary_state(self):
+        """What is trained beside the student, linear maps and decoder: for --resume, of no use afterwards."""
+        return {name: t for name, t in self.state_dict().items() if name.startswith(("maps.", "decoder."))}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -601,6 +713,7 @@ def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, ep
     global_batch = args.batch_size * args.accum * machine.world
     amp = amp_type(args.amp, machine.device)
     loader.sampler.set_epoch(epoch)
+    bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
     batches, sums, seen, broken = iter(loader), {}, 0, 0
     torch.manual_seed(hash((args.seed, epoch, machine.rank)))  # drop path: an epoch is the same after --resume
     objective.train()
@@ -659,14 +772,14 @@ def replace_file(path, write):
             os.remove(partial)
 
 
-def save_checkpoint(path, model, config, optimizer, scaler, epoch, args):
+def save_checkpoint(path, model, config, optimizer, scaler, epoch, args, **more):
     """Write what load_teacher, finetune.py and --resume need: tensors and plain values. `epoch`: how many are done."""
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise UserError(f"parameters are no longer finite after epoch {epoch}: not saved. {path} is the last good checkpoint")
     checkpoint = {
         "model": model.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(), "epoch": epoch, "rng": args.seed, "args": vars(args),
-    }
+    } | more
     replace_file(path, lambda file: torch.save(checkpoint, file))
 
 
@@ -676,6 +789,18 @@ def log_epoch(path, record):
     lines = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
     text = "".join(lines) + json.dumps(record) + "\n"
     replace_file(path, lambda file: file.write(text.encode()))
+
+
+def report(record, path):
+    """One line for an epoch on the screen, and one in log.jsonl."""
+    tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+    log_epoch(path, record)
+
+
+def progress_bar(args, machine, images, done):
+    """One bar for the whole run, which counts images, so that it shows images/s and the time that remains."""
+    return tqdm(total=args.epochs * images, initial=done * images, unit="image", unit_scale=True, smoothing=0.1,
+                disable=machine.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 def peak_memory(device):
@@ -707,104 +832,127 @@ def draw_relations(objective, photos, path, cell=112):
     without the class token, scaled to its largest value besides the query: teacher and student side by side.
     """
     objective.eval()
-    device = objective.student.cls_token.device
-    images = Normalize().to(device)(photos.to(device) / 255)
-    teacher = dict(zip("qkv", objective.teacher.qkv(images, objective.teacher_block)))
-    student = dict(zip("qkv", objective.student.qkv(images, objective.student.depth)))
+    student, teacher = objective.student, objective.teacher
+    images = Normalize()(photos / 255).to(student.cls_token.device)
+    networks = {"student": student.qkv(images, student.depth)}
+    if teacher is not None:
+        networks = {"teacher": teacher.qkv(images, objective.teacher_block)} | networks
     maps = {}  # column title: (B, N, N)
     for a, b in objective.relations:
-        for name, tokens in (("teacher", teacher), ("student", student)):
-            maps[f"{name} {a}-{b}"] = relation(tokens[a], tokens[b], objective.relation_heads).exp().mean(1)[:, 1:, 1:].cpu()
-    grid = math.isqrt(next(iter(maps.values())).shape[1])
-    resize = lambda image, mode: F.interpolate(image[None].float(), (cell, cell), mode=mode)[0]
+        for name, qkv in networks.items():
+            heads = objective.relation_heads or getattr(objective, name).heads
+            probabilities = relation(qkv["qkv".index(a)], qkv["qkv".index(b)], heads).exp().mean(dim=1)
+            maps[f"{name} {a}-{b}"] = probabilities[:, 1:, 1:].cpu()
+    grid = student.img_size // student.patch_size
+
+    def resize(image, mode):
+        return F.interpolate(image[None].float(), (cell, cell), mode=mode)[0]
+
     cells = []
     for i, photo in enumerate(photos):
         for row, column in ((grid // 2, grid // 3), (grid // 4, 3 * grid // 4)):
             query = row * grid + column
-            marked = resize(photo, "bilinear") / 255
-            y, x, size = row * cell // grid, column * cell // grid, math.ceil(cell / grid)
-            marked[:, y:y + size, x:x + size] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
-            cells.append(marked)
+            cells.append(resize(photo, "bilinear") / 255)
+            y, x, side = row * cell // grid, column * cell // grid, math.ceil(cell / grid)
+            cells[-1][:, y:y + side, x:x + side] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
             for relations in maps.values():
                 heat = relations[i, query]
                 heat = heat / heat[torch.arange(grid**2) != query].max()  # to itself a patch relates far more
                 heat = resize(heat.view(1, grid, grid), "nearest")
                 cells.append(torch.cat([3 * heat, 3 * heat - 1, 3 * heat - 2]).clamp(0, 1))  # black, red, yellow, white
-    picture = make_grid(cells, nrow=1 + len(maps), padding=2, pad_value=1)
-    picture = v2.functional.to_pil_image(F.pad(picture, (0, 0, 14, 0), value=1.0))
+    picture = F.pad(make_grid(cells, nrow=1 + len(maps), pad_value=1.0), (0, 0, 14, 0), value=1.0)
+    picture = v2.functional.to_pil_image(picture)
     for i, title in enumerate(["photo", *maps]):
         ImageDraw.Draw(picture).text((4 + i * (cell + 2), 2), title, fill="black")
     replace_file(path, lambda file: picture.save(file, "PNG"))
 
 
-def train(args):
-    """Distil a student as `args` (see parser) say, and leave last.pth, log.jsonl and relations.png in args.out."""
-    machine = start(args)
-    first = machine.rank == 0
-    last = os.path.join(args.out, "last.pth")
-    checkpoint = read_checkpoint(last)[2] if args.resume else None
-    if os.path.exists(last) and not args.resume:
-        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts anew")
-
+def build(args, machine):
+    """The objective that `args` describe, with a new student, and the student's config for its checkpoint."""
+    teacher = None
+    if args.teacher:
+        teacher = once_per_node(machine, lambda: load_teacher(args.teacher, args.img_size, args.teacher_heads, args.teacher_drop_path))
     torch.manual_seed(args.seed)
-    dim, depth, heads = STUDENTS[args.student]
-    sizes = dict(dim=args.dim or dim, depth=args.depth or depth, heads=args.heads or heads)
-    teacher = once_per_node(machine, lambda: load_teacher(args.teacher, args.img_size, args.teacher_heads))
-    sizes |= dict(patch_size=args.patch_size or teacher.patch_size, img_size=teacher.img_size)
-    teacher_block = args.teacher_block or (teacher.depth if teacher.depth == sizes["depth"] else math.ceil(0.75 * teacher.depth))
-    relation_heads = args.relation_heads or teacher.relation_heads
+    sizes = {name: getattr(args, name) or size for name, size in zip(("dim", "depth", "heads"), STUDENTS[args.student])}
+    sizes["patch_size"] = args.patch_size or (teacher.patch_size if teacher else 16)
+    sizes["img_size"] = args.img_size or (teacher.img_size if teacher else 224)
+    block, heads = None, None
+    if teacher:
+        block = args.teacher_block or (teacher.depth if teacher.depth == sizes["depth"] else math.ceil(0.75 * teacher.depth))
+    if "relation" in args.target:
+        heads = args.relation_heads or teacher.relation_heads
     try:
         student = ViT(**sizes, drop_path=args.drop_path)
-        objective = TinyMIM(student, teacher, teacher_block, relation_heads, args.relations).to(machine.device)
+        objective = TinyMIM(student, teacher, block, heads, args.relations, args.target, args.mask_ratio, args.decoder)
     except ValueError as error:
         raise UserError(error, code=2) from error
-    config = sizes | {"relation_heads": relation_heads}
+    return objective.to(machine.device), sizes | {"relation_heads": heads}
 
+
+def describe(objective, args, machine, images, folder):
+    """What is about to run, in two or three lines."""
+    student, block = objective.student, objective.teacher_block
+    if machine.device.type == "cpu":
+        print("no GPU: this is slow. For something that runs in minutes: --student nano --img-size 64 --relation-heads 8 --epochs 1")
+    what = " + ".join(args.target)
+    if "relation" in args.target:
+        what += f" ({' '.join(args.relations)}, {objective.relation_heads} heads)"
+    print(f"student {args.student}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters, learns {what}"
+          + (f" of block {block} of {objective.teacher.depth} of {args.teacher}" if args.teacher else "")
+          + (f", {args.mask_ratio:.0%} masked" if args.mask_ratio else ""))
+    batch = args.batch_size * args.accum * machine.world
+    print(f"{images} images in {folder}, {args.epochs} epochs in batches of {batch}, peak learning rate {args.blr * batch / 256:.3g}, "
+          f"{machine.world} x {machine.device.type}, results in {args.out}", flush=True)
+
+
+def train(args):
+    """Run what `args` (see make_parser) describe, and leave last.pth, log.jsonl and relations.png in args.out."""
+    machine = start(args)
+    first = machine.rank == 0
+    last, log, picture = (os.path.join(args.out, name) for name in ("last.pth", "log.jsonl", "relations.png"))
+    if os.path.exists(last) and not args.resume:
+        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts anew")
+    objective, config = build(args, machine)
+    student = objective.student
     folder = once_per_node(machine, imagenette) if args.data == "imagenette" else args.data
     paths = find_images(folder)
-    loader = make_loader(ImageDataset(paths, CropAndJitter(student.img_size), args.seed), args, machine)
     photos = preview(paths, student.img_size)
+    jitter = 0.4 if objective.teacher else 0.0  # MAE changes no colours
+    loader = make_loader(ImageDataset(paths, CropAndJitter(student.img_size, jitter), args.seed), args, machine)
     views = TwoViews().to(machine.device)
-    fused = {"fused": True} if args.fused else {}
-    global_batch = args.batch_size * args.accum * machine.world
-    optimizer = torch.optim.AdamW(parameter_groups(student, args.weight_decay), lr=0.0, betas=(0.9, 0.95), **fused)
+    groups = parameter_groups(objective, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=args.fused or None)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=amp_type(args.amp, machine.device) == torch.float16)
     done = 0
-    if checkpoint:
+    if args.resume:
+        checkpoint = read_checkpoint(last)[2]
+        objective.load_state_dict(checkpoint["auxiliary"], strict=False)
         student.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         done = checkpoint["epoch"]
-    model = objective
     if args.compile:
         objective.compile()
         views.compile()
-    if machine.world > 1:
-        model = DistributedDataParallel(objective, broadcast_buffers=False)
-    if first and machine.device.type == "cpu":
-        print("no GPU: this is slow. For something that runs in minutes: --student nano --img-size 64 --relation-heads 8 --epochs 1")
-    if first:
-        print(f"student {args.student}: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters, block {student.depth} "
-              f"learns {' '.join(args.relations)} of block {teacher_block} of {args.teacher} in {relation_heads} relation heads")
-        print(f"{len(paths)} images in {folder}, batches of {global_batch}, learning rate {args.blr * global_batch / 256:.2e}, "
-              f"{machine.world} x {machine.device.type}, results in {args.out}", flush=True)
-        if not checkpoint:  # a full disk or a read-only folder shows now, and from now on there is always a last.pth
-            save_checkpoint(last, student, config, optimizer, scaler, 0, args)
-            draw_relations(objective, photos, os.path.join(args.out, "relations.png"))
+    model = DistributedDataParallel(objective, broadcast_buffers=False) if machine.world > 1 else objective
 
-    images = len(loader) // args.accum * global_batch  # in an epoch
-    with tqdm(total=args.epochs * images, initial=done * images, unit="image", unit_scale=True, smoothing=0.1, disable=not first,
-              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+    def save(epoch):
+        save_checkpoint(last, student, config, optimizer, scaler, epoch, args, auxiliary=objective.auxiliary_state())
+        draw_relations(objective, photos, picture)
+
+    if first:
+        describe(objective, args, machine, len(paths), folder)
+        if not args.resume:
+            save(0)  # a full disk or a read-only folder shows now, and from now on there is always a last.pth
+    images = len(loader) // args.accum * args.batch_size * args.accum * machine.world  # in an epoch
+    with progress_bar(args, machine, images, done) as bar:
         for epoch in range(done, args.epochs):
-            bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
             began = time.perf_counter()
             record = {"epoch": epoch + 1} | train_epoch(model, views, loader, optimizer, scaler, args, machine, epoch, bar)
             record |= {"images/s": images / (time.perf_counter() - began), "peak_memory_gib": peak_memory(machine.device)}
             if first:
-                tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
-                log_epoch(os.path.join(args.out, "log.jsonl"), record)
-                save_checkpoint(last, student, config, optimizer, scaler, epoch + 1, args)
-                draw_relations(objective, photos, os.path.join(args.out, "relations.png"))
+                report(record, log)
+                save(epoch + 1)
     if machine.world > 1:
         dist.destroy_process_group()
     if first:
@@ -825,20 +973,30 @@ def number(kind, low, below=math.inf):
     return parse
 
 
-def training_options(parser, epochs, warmup_epochs, batch_size, blr, min_lr, drop_path):
-    """The options that tinymim.py and finetune.py share, with their defaults (None: worked out later)."""
+def student_options(parser, of):
+    """The options that give the sizes of a new student. `of`: in words, whose patches and images it takes by default."""
+    add = parser.add_argument_group("student").add_argument
+    add("--student", choices=STUDENTS, default="tiny", help="default: tiny")
+    for size in ("dim", "depth", "heads"):
+        add(f"--{size}", type=number(int, 1), metavar="N", help="instead of the named student's")
+    add("--patch-size", type=number(int, 1), metavar="N", help=f"in pixels; default: that of {of}, or 16")
+    add("--img-size", type=number(int, 1), metavar="N", help=f"in pixels; default: that of {of}, or 224")
+
+
+def training_options(parser, **defaults):
+    """The options that tinymim.py and finetune.py share. `defaults` says in words what the recipe makes of those not given."""
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), default=epochs, metavar="N", help="default: %(default)s")
-    add("--warmup-epochs", type=number(float, 0), default=warmup_epochs, metavar="N",
-        help=f"of linear warm-up, before half a cosine; default: {warmup_epochs or 'a twentieth of --epochs'}")
-    add("--batch-size", type=number(int, 1), default=batch_size, metavar="N", help="images per process and step; default: %(default)s")
-    add("--accum", type=number(int, 1), default=1, metavar="N", help="steps whose gradients make one update; default: %(default)s")
-    add("--blr", type=number(float, 0), default=blr, metavar="X",
-        help="base learning rate: the peak is blr x batch size x accum x processes / 256; default: %(default)s")
-    add("--min-lr", type=number(float, 0), default=min_lr, metavar="X", help="where the cosine ends; default: %(default)s")
-    add("--weight-decay", type=number(float, 0), default=0.05, metavar="X", help="default: %(default)s")
-    add("--drop-path", type=number(float, 0, 1), default=drop_path, metavar="P", help="the student's; default: %(default)s")
-    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--epochs", type=number(int, 1), metavar="N", help=f"default: {defaults['epochs']}")
+    add("--warmup-epochs", type=number(float, 0), metavar="N",
+        help=f"of linear warm-up, before half a cosine; default: {defaults['warmup_epochs']}")
+    add("--batch-size", type=number(int, 1), metavar="N", help=f"images per process and step; default: {defaults['batch_size']}")
+    add("--accum", type=number(int, 1), default=1, metavar="N", help="steps whose gradients make one update; default: 1")
+    add("--blr", type=number(float, 0), metavar="X",
+        help=f"base learning rate: the peak is blr x batch size x accum x processes / 256; default: {defaults['blr']}")
+    add("--min-lr", type=number(float, 0), metavar="X", help=f"where the cosine ends; default: {defaults['min_lr']}")
+    add("--weight-decay", type=number(float, 0), metavar="X", help="default: 0.05")
+    add("--drop-path", type=number(float, 0, 1), metavar="P", help=f"default: {defaults['drop_path']}")
+    add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is a GPU, else cpu")
     add("--workers", type=number(int, 0), metavar="N", help="processes that decode images, per process; default: one per core")
@@ -854,30 +1012,20 @@ def training_options(parser, epochs, warmup_epochs, batch_size, blr, min_lr, dro
 MAY_CHANGE = {"data", "epochs", "batch_size", "accum", "device", "workers", "compile", "fused", "out", "resume"}  # on --resume
 
 
-def command_line(parser, argv, name_run, run):
-    """run(args), with every error a person can mend as one line. name_run(args) names the default --out."""
+def command_line(parser, argv, complete, run):
+    """run(args), with every error a person can mend as one line. complete(args) fills in defaults and names the run."""
+    args = parser.parse_args(argv)
     previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        args = parser.parse_args(argv)
-        out = args.out or os.path.join("runs", name_run(args))
+        name = complete(args)
+        out = args.out or os.path.join("runs", name)
         if args.resume:
-            if not os.path.exists(os.path.join(out, "last.pth")):
-                raise UserError(f"there is no run to go on with in {out}: no last.pth")
-            saved = read_checkpoint(os.path.join(out, "last.pth"))[2]["args"]
-            parser.set_defaults(**saved)
-            args = parser.parse_args(argv)
-            for name in saved.keys() - MAY_CHANGE:
-                if saved[name] != getattr(args, name):
-                    flag = "--" + name.replace("_", "-")
-                    raise UserError(f"the run in {out} has {flag} {saved[name]}: it cannot go on with {getattr(args, name)}", code=2)
+            args = continued(parser, argv, out)
+            complete(args)
         args.out = out
         on_gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
         args.compile = on_gpu if args.compile is None else args.compile
         args.fused = on_gpu if args.fused is None else args.fused
-        if args.warmup_epochs is None:
-            args.warmup_epochs = args.epochs / 20
-        if args.warmup_epochs >= args.epochs:
-            raise UserError(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}", code=2)
         if args.workers is None:
             args.workers = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         run(args)
@@ -886,35 +1034,75 @@ def command_line(parser, argv, name_run, run):
     except torch.OutOfMemoryError:
         parser.exit(1, f"{parser.prog}: error: the GPU's memory is full: lower --batch-size, and raise --accum by as much\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped. What {out} holds is whole: --resume goes on from there\n")
+        parser.exit(130, f"\n{parser.prog}: stopped. What {out} holds is whole: --resume goes on from there\n")
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def continued(parser, argv, out):
+    """The options of the run in `out`, and those of argv that may change without making it another run."""
+    last = os.path.join(out, "last.pth")
+    if not os.path.exists(last):
+        raise UserError(f"there is no run to go on with in {out}: no last.pth")
+    saved = read_checkpoint(last)[2].get("args")
+    if not isinstance(saved, dict):
+        raise UserError(f"{last} was not saved by this code: it cannot be resumed")
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    for name in sorted(saved.keys() - MAY_CHANGE):
+        if saved[name] != getattr(args, name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"the run in {out} has {option} {saved[name]}: it cannot go on with {getattr(args, name)}", code=2)
+    return args
+
+
+def fill_in(args, recipe):
+    """Options that were not given take the recipe's values."""
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
+        raise UserError(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}", code=2)
 
 
 def make_parser():
     parser = argparse.ArgumentParser(prog="tinymim.py", description="Distil a small ViT from a large one pre-trained by MAE.",
                                      formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110, max_help_position=28))
-    add = parser.add_argument_group("student").add_argument
-    add("--student", choices=STUDENTS, default="tiny", help="default: %(default)s")
-    for size in ("dim", "depth", "heads"):
-        add(f"--{size}", type=number(int, 1), metavar="N", help="instead of the named student's")
-    add("--patch-size", type=number(int, 1), metavar="N", help="in pixels; default: the teacher's")
-    add("--img-size", type=number(int, 1), metavar="N", help="in pixels, for both networks; default: the teacher's")
+    student_options(parser, of="the teacher")
     add = parser.add_argument_group("teacher").add_argument
-    add("--teacher", default="mae_base", metavar="NAME|FILE",
-        help=f"{', '.join(TEACHERS)} (downloaded once), or a checkpoint; default: %(default)s")
+    add("--teacher", metavar="NAME|FILE",
+        help=f"{', '.join(TEACHERS)} (downloaded once), or a checkpoint; default: mae_base, none for MAE")
     add("--teacher-heads", type=number(int, 1), metavar="N", help="attention heads, where the checkpoint does not tell")
     add("--teacher-block", type=number(int, 1), metavar="N",
-        help="where its relations are taken, from 1; default: its last if it is as deep as the student, else 3/4 of its depth")
+        help="the block the student learns from; default: the last of a teacher as deep as the student, else at 3/4 of its depth")
+    add("--teacher-drop-path", type=number(float, 0, 1), default=0.0, metavar="P", help="default: 0")
     add = parser.add_argument_group("target").add_argument
+    add("--target", nargs="+", choices=("relation", "feature", "cls", "pixel"), default=["relation"], metavar="NAME",
+        help="relation, feature, cls, pixel: their losses are summed; pixel alone is MAE; default: relation")
     add("--relations", nargs="+", choices=[a + b for a in "qkv" for b in "qkv"], default=["qq", "kk", "vv"], metavar="PAIR",
         help="of q, k, v; default: qq kk vv. The authors' published numbers: qk vv")
-    add("--relation-heads", type=number(int, 1), metavar="N", help="default: as many as the teacher has heads")
+    add("--relation-heads", type=number(int, 1), metavar="N", help="default: those of the teacher's own relations, or its heads")
+    add("--mask-ratio", type=number(float, 0, 1), metavar="P", help="of patches hidden from both; default: 0, with pixel 0.75")
+    add("--decoder", nargs=3, type=number(int, 1), default=[512, 8, 16], metavar="N",
+        help="width, depth and heads of the pixel target's decoder; default: 512 8 16")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="imagenette", metavar="FOLDER",
         help="of images at any depth (its train/ if there is one); default: Imagenette, downloaded once to data/")
-    training_options(parser, epochs=300, warmup_epochs=None, batch_size=256, blr=1.5e-4, min_lr=0.0, drop_path=0.1)
+    training_options(parser, epochs="300, for MAE 800", warmup_epochs="a twentieth of --epochs", batch_size=256, blr=1.5e-4, min_lr=0,
+                     drop_path="0.1 for every block of the student, for MAE 0")
     return parser
+
+
+def complete(args):
+    """Fill in the published recipe (at batches of 4096 in all; the learning rate follows the batch), and name the run."""
+    mae = args.target == ["pixel"]
+    if mae and args.teacher:
+        raise UserError("--target pixel alone is MAE, which has no --teacher: drop one of the two", code=2)
+    fill_in(args, dict(epochs=800 if mae else 300, batch_size=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05))
+    fill_in(args, dict(warmup_epochs=args.epochs / 20, drop_path=0.0 if mae else 0.1, teacher=None if mae else "mae_base",
+                       mask_ratio=0.75 if "pixel" in args.target else 0.0))
+    names = [args.student] + ([] if mae else [run_name(args.teacher)]) + (args.target if args.target != ["relation"] else [])
+    return "-".join("mae" if mae and name == "pixel" else name for name in names)
 
 
 def run_name(path):
@@ -924,7 +1112,7 @@ def run_name(path):
 
 
 def main(argv=None):
-    command_line(make_parser(), argv, lambda args: f"{args.student}-{run_name(args.teacher)}", train)
+    command_line(make_parser(), argv, complete, train)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""Draw the demo's labelled pictures: one filled shape on a two-tone ground, at a random place, size, turn and colours.
+
+    python extras/shapes.py FOLDER --train 20000 --val 1000      (ten classes; FOLDER/{train,val}/CLASS/N.png)
+"""
+
+import argparse
+import os
+
+import numpy as np
+from PIL import Image
+
+SHAPES = {  # inside the shape or not, for coordinates in [-1, 1]², x to the right, y down
+    "disc": lambda x, y: x**2 + y**2 < 0.8,
+    "ring": lambda x, y: (x**2 + y**2 < 1) & (x**2 + y**2 > 0.3),
+    "half": lambda x, y: (x**2 + (y - 0.4)**2 < 1) & (y < 0.4),
+    "crescent": lambda x, y: (x**2 + y**2 < 1) & ((x - 0.5)**2 + y**2 > 0.7),
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) < 0.75,
+    "bar": lambda x, y: (abs(x) < 1) & (abs(y) < 0.3),
+    "triangle": lambda x, y: (y < 0.6) & (y > 1.9 * abs(x) - 1),
+    "plus": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 1),
+    "corner": lambda x, y: (np.maximum(abs(x), abs(y)) < 0.85) & ((x < -0.25) | (y > 0.25)),
+    "star": lambda x, y: np.hypot(x, y) * (1 - 0.42 * np.cos(5 * np.arctan2(y, x))) < 0.6,
+}
+
+
+def draw(shape, random, size):
+    """One picture of `shape`, uint8 (size, size, 3), with edges smoothed by drawing at twice the size."""
+    y, x = (np.mgrid[:2 * size, :2 * size] + 0.5) / size - 1  # (2 size, 2 size) each, in [-1, 1]
+    turn, split = random.uniform(0, 2 * np.pi, 2)
+    radius = random.uniform(0.35, 0.7)
+    cx, cy = random.uniform(-0.9 + radius, 0.9 - radius, 2)
+    u, v = (x - cx) / radius, (y - cy) / radius
+    inside = SHAPES[shape](np.cos(turn) * u - np.sin(turn) * v, np.sin(turn) * u + np.cos(turn) * v)
+    ground = np.cos(split) * x + np.sin(split) * y > random.uniform(-0.5, 0.5)
+    while True:
+        colours = random.uniform(0, 255, (3, 3))
+        if abs(colours[2] - colours[:2]).max(axis=1).min() > 100:  # the shape stands out from both grounds
+            break
+    picture = colours[np.where(inside, 2, ground.astype(int))]
+    return picture.reshape(size, 2, size, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+
+
+def write(folder, count, seed, size=32):
+    """Draw `count` pictures, as many of each shape, into folder/SHAPE/N.png."""
+    random, names = np.random.RandomState(seed), list(SHAPES)
+    for name in names:
+        os.makedirs(os.path.join(folder, name), exist_ok=True)
+    for i in range(count):
+        name = names[i % len(names)]
+        Image.fromarray(draw(name, random, size)).save(os.path.join(folder, name, f"{i}.png"), compress_level=1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw the demo's labelled pictures of ten shapes.")
+    parser.add_argument("folder")
+    parser.add_argument("--train", type=int, default=20000, metavar="N", help="pictures in FOLDER/train; default: 20000")
+    parser.add_argument("--val", type=int, default=1000, metavar="N", help="pictures in FOLDER/val; default: 1000")
+    parser.add_argument("--size", type=int, default=32, metavar="N", help="in pixels; default: 32")
+    args = parser.parse_args()
+    write(os.path.join(args.folder, "train"), args.train, seed=1, size=args.size)
+    write(os.path.join(args.folder, "val"), args.val, seed=2, size=args.size)
