@@ -16,14 +16,12 @@ with pre-training, the ViT, the data and the training loop, is imported from tin
 
 import argparse
 import os
-import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, RandomErasing, v2
@@ -80,10 +78,10 @@ def load_weights(model, tensors, path):
 def build(args, machine, path, num_classes=None):
     """The classifier that a checkpoint is (num_classes None) or starts, or a new one (path "none"), and its config.
 
-    Fills in args with the recipe for its size. Returns (model, config, content of the file or {}). Raises UserError.
+    Fills in args with the recipe for its size. Raises UserError.
     """
     if path == "none":
-        tensors, config, content = {}, {}, {}
+        tensors, config = {}, {}
         sizes = dict(zip(("dim", "depth", "heads"), STUDENTS[args.student or "tiny"]), patch_size=16, img_size=224)
         sizes = {name: getattr(args, name) or size for name, size in sizes.items()}
     else:
@@ -92,7 +90,7 @@ def build(args, machine, path, num_classes=None):
             raise UserError(f"--{given[0].replace('_', '-')} goes with --checkpoint none: {path} has its own", code=2)
         if path in tinymim.TEACHERS:
             path = tinymim.once_per_node(machine, lambda: tinymim.download(*tinymim.TEACHERS[path]))
-        tensors, config, content = tinymim.read_checkpoint(path)
+        tensors, config, _ = tinymim.read_checkpoint(path)
         sizes = tinymim.architecture(tensors, config, path, args.heads, option="--heads")
         sizes["img_size"] = args.img_size or sizes["img_size"]
     kind = dict(num_classes=num_classes, cls_token=args.cls_token, probe=args.freeze)
@@ -113,7 +111,7 @@ def build(args, machine, path, num_classes=None):
             raise UserError(f"{path} lacks {groups_of(new)}: it cannot be evaluated")
         if machine.rank == 0 and (new or left_out):
             print(f"{path}: the classifier has new {groups_of(new)}; left out of the checkpoint: {groups_of(left_out)}")
-    return model, sizes | kind | {"class_names": config.get("class_names")}, content
+    return model, sizes | kind | {"class_names": config.get("class_names")}
 
 
 def groups_of(names):
@@ -157,6 +155,18 @@ class Crop:
         return crop, torch.tensor(box)
 
 
+class CenterCrop:
+    """uint8 image (3, H, W) to the middle of it, uint8 (3, img_size, img_size): 224 of 256 pixels, or in that proportion."""
+
+    def __init__(self, img_size):
+        resized = int(img_size * 256 / 224) if img_size <= 224 else img_size
+        resize = v2.Resize(resized, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        self.crop = v2.Compose([resize, v2.CenterCrop(img_size)])
+
+    def __call__(self, image):
+        return (self.crop(image),)
+
+
 class Augment(nn.Module):
     """A batch of crops, boxes and labels to what the network sees, (B, 3, H, W), and its targets, (B, num_classes)."""
 
@@ -165,8 +175,7 @@ class Augment(nn.Module):
         self.normalize, self.num_classes, self.plain = Normalize(), num_classes, plain
         self.mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes), v2.CutMix(alpha=1.0, num_classes=num_classes)])
 
-    def forward(self, crops_and_boxes, labels):
-        crops, boxes = crops_and_boxes
+    def forward(self, crops, boxes, labels):
         images = self.normalize(crops / 255)
         if self.plain:
             return images, F.one_hot(labels, self.num_classes)
@@ -240,15 +249,13 @@ class Objective(nn.Module):
 
 def make_eval_loader(paths, labels, img_size, args, machine):
     """This process's share of the images, none twice and none left out: resized, centre-cropped, uint8."""
-    resized = int(img_size * 256 / 224) if img_size <= 224 else img_size
-    transform = v2.Compose([v2.Resize(resized, interpolation=InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(img_size)])
-    return DataLoader(ImageDataset(paths, transform, labels=labels), args.batch_size, num_workers=args.workers,
+    return DataLoader(ImageDataset(paths, CenterCrop(img_size), labels=labels), args.batch_size, num_workers=args.workers,
                       sampler=[(0, i) for i in range(machine.rank, len(paths), machine.world)],
-                      pin_memory=machine.device.type == "cuda", worker_init_fn=tinymim.leave_interrupts_to_parent)
+                      pin_memory=machine.device.type == "cuda", worker_init_fn=tinymim.ignore_ctrl_c)
 
 
 @torch.no_grad()
-def evaluate(model, loader, args, machine, columns=None):
+def evaluate(model, loader, machine, columns=None):
     """Over all processes: {"top1", "top5": percent, "val_loss": mean cross-entropy, "right": how many, "images": of how many}.
 
     columns: the model's outputs for the labels 0, 1, ..., where these are not all its classes: it chooses among them. Files
@@ -258,7 +265,7 @@ def evaluate(model, loader, args, machine, columns=None):
     if machine.world > 1:
         for buffer in model.buffers():  # the probe's batch statistics: the same in every process
             dist.broadcast(buffer, 0)
-    normalize, amp = Normalize().to(machine.device), tinymim.amp_type(args.amp, machine.device)
+    normalize, amp = Normalize().to(machine.device), machine.amp
     sums = torch.zeros(4, dtype=torch.float64, device=machine.device)
     for crops, labels, undecoded in loader:
         loader.dataset.report(undecoded[undecoded >= 0].tolist())
@@ -298,14 +305,14 @@ def choose_columns(model_classes, folder_classes, num_classes, folder):
 def run_evaluation(args, machine, folder):
     """--eval: the accuracy of a checkpoint on folder/val if there is one, else on the class folders in `folder`."""
     folder = os.path.join(folder, "val") if os.path.isdir(os.path.join(folder, "val")) else folder
-    model, config, _ = build(args, machine, args.checkpoint)
+    model, config = build(args, machine, args.checkpoint)
     paths, labels, classes = read_folder(folder)
     known = config["class_names"]
     if args.class_names:
         known = sorted(entry.name for entry in os.scandir(args.class_names) if entry.is_dir())
     columns = choose_columns(known, classes, config["num_classes"], folder)
     loader = make_eval_loader(paths, labels, model.img_size, args, machine)
-    result = evaluate(model.to(machine.device), loader, args, machine, columns)
+    result = evaluate(model.to(machine.device), loader, machine, columns)
     if machine.rank == 0:
         print(f"{args.checkpoint} on {folder}: top-1 {result['top1']:.3f}%, top-5 {result['top5']:.3f}%, loss {result['val_loss']:.4f} "
               f"({result['right']} of {result['images']} right, {len(classes)} of the model's {config['num_classes']} classes)")
@@ -323,9 +330,7 @@ def train(args):
         raise UserError(f"{folder}: no such folder of images")
     if args.eval:
         return run_evaluation(args, machine, folder)
-    last, best, log, picture = (os.path.join(args.out, name) for name in ("last.pth", "best.pth", "log.jsonl", "augmented.png"))
-    if os.path.exists(last) and not args.resume:
-        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts anew")
+    lock = tinymim.claim(args, machine)  # noqa: F841, held as long as it is referred to
     for name in ("train", "val"):
         if not os.path.isdir(os.path.join(folder, name)):
             raise UserError(f"{folder} has no folder {name}: it needs train/ and val/, with a folder of images for each class")
@@ -335,7 +340,7 @@ def train(args):
         odd = sorted(set(classes) ^ set(val_classes))[0]
         raise UserError(f"the classes in {folder}/train and {folder}/val differ: {odd} is only in one of them")
 
-    model, config, content = build(args, machine, last if args.resume else args.checkpoint, len(classes))
+    model, config = build(args, machine, os.path.join(args.out, "last.pth") if args.resume else args.checkpoint, len(classes))
     config["class_names"] = classes
     dataset = ImageDataset(paths, Crop(model.img_size, plain=args.freeze), args.seed, labels)
     loader = tinymim.make_loader(dataset, args, machine)
@@ -347,42 +352,14 @@ def train(args):
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     else:
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=args.fused or None)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=tinymim.amp_type(args.amp, machine.device) == torch.float16)
-    done, top1 = 0, -1.0
-    if args.resume:
-        optimizer.load_state_dict(content["optimizer"])
-        scaler.load_state_dict(content["scaler"])
-        done, top1 = content["epoch"], content["top1"]
-    if args.compile:
-        objective.compile()
-    wrapped = DistributedDataParallel(objective) if machine.world > 1 else objective
-
-    global_batch = args.batch_size * args.accum * machine.world
-    images = len(loader) // args.accum * global_batch  # in an epoch
     if machine.rank == 0:
-        print(f"{len(paths)} images of {len(classes)} classes in {folder}, {args.epochs} epochs in batches of {global_batch}, peak learning "
-              f"rate {args.blr * global_batch / 256:.3g}, layer decay {args.layer_decay}, drop path {args.drop_path}, "
-              f"{machine.world} x {machine.device.type}, results in {args.out}", flush=True)
-        if not args.resume:
-            tinymim.save_checkpoint(last, model, config, optimizer, scaler, 0, args, top1=top1)
-            draw_augmented(dataset, augment, picture)
-    with tinymim.progress_bar(args, machine, images, done) as bar:
-        for epoch in range(done, args.epochs):
-            began = time.perf_counter()
-            record = {"epoch": epoch + 1}
-            record |= tinymim.train_epoch(wrapped, augment, loader, optimizer, scaler, args, machine, epoch, bar)
-            record["images/s"] = images / (time.perf_counter() - began)
-            record |= evaluate(model, val_loader, args, machine) | {"peak_memory_gib": tinymim.peak_memory(machine.device)}
-            better = record["top1"] > top1
-            top1 = max(top1, record["top1"])
-            if machine.rank == 0:
-                tinymim.report(record, log)
-                for path in [best] * better + [last]:
-                    tinymim.save_checkpoint(path, model, config, optimizer, scaler, epoch + 1, args, top1=top1)
-    if machine.world > 1:
-        dist.destroy_process_group()
+        draw_augmented(dataset, augment, os.path.join(args.out, "augmented.png"))
+        print(f"layer decay {args.layer_decay}, drop path {args.drop_path}, {len(val_paths)} validation images")
+        tinymim.print_plan(args, machine, f"{len(paths)} images of {len(classes)} classes in {folder}")
+    tinymim.fit(objective, model, config, augment, loader, optimizer, args, machine,
+                after_epoch=lambda: evaluate(model, val_loader, machine))
     if machine.rank == 0:
-        print(f"done: top-1 {top1:.2f}% at best, in {best}")
+        print(f"done: the best of all epochs is in {os.path.join(args.out, 'best.pth')}")
 
 
 def draw_augmented(dataset, augment, path, count=32):
@@ -390,7 +367,7 @@ def draw_augmented(dataset, augment, path, count=32):
     indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
     device = augment.normalize.mean.device
     batch = torch.utils.data.default_collate([dataset[0, int(i)] for i in indices])
-    images, _ = augment(*tinymim.to_device(batch[:2], device))
+    images, _ = augment(*(x.to(device) for x in batch[:3]))
     images = (images * augment.normalize.std + augment.normalize.mean).clamp(0, 1).cpu()
     tinymim.replace_file(path, lambda file: save_image(images, file, format="png"))
 

@@ -131,6 +131,7 @@ def same(a, b, **tolerance):
 
 
 EXACT = dict(rtol=0, atol=0)
+CPU = tinymim.Machine(torch.device("cpu"), torch.float32, rank=0, local_rank=0, world=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def test_sizes():
             ViT(**SMALL | wrong)
     with pytest.raises(ValueError, match="blocks 1 to 4"):
         tinymim.TinyMIM(ViT(**SMALL), ViT(**WIDER), 5, 4)
-    with pytest.raises(ValueError, match="try 4"):
+    with pytest.raises(ValueError, match="try --relation-heads 4"):
         tinymim.TinyMIM(ViT(**SMALL), ViT(**WIDER), 4, 5)
     with pytest.raises(ValueError, match="same patches"):
         tinymim.TinyMIM(ViT(**SMALL), ViT(**WIDER | dict(img_size=40)), 4, 4)
@@ -390,8 +391,8 @@ def test_download(tmp_path, monkeypatch):
     monkeypatch.setattr(tinymim, "TEACHERS", teachers)
 
     for url, checksum, says in [
-        (f"{web}/short/mae_tiny.pth", md5, "broken, or not the published"),
-        (f"{web}/mae_tiny.pth", "000000", "broken, or not the published"),
+        (f"{web}/short/mae_tiny.pth", md5, "is broken: try again"),
+        (f"{web}/mae_tiny.pth", "000000", "is broken: try again"),
         (f"{web}/missing/mae_tiny.pth", md5, "404"),
         ("http://127.0.0.1:9/mae_tiny.pth", md5, f"fetch it elsewhere and put it at {cache / 'mae_tiny.pth'}"),
     ]:
@@ -467,11 +468,11 @@ def test_two_views_share_the_crop(photos):
     crop, jitter = tinymim.CropAndJitter(32)(tinymim.decode(os.fsdecode(tinymim.find_images(str(photos))[0])))
     assert crop.dtype == torch.uint8 and crop.shape == (3, 32, 32) and sorted(jitter[0].tolist()) == [0, 1, 2]
     assert ((jitter[1] >= 0.6) & (jitter[1] <= 1.4)).all()
-    student, teacher = tinymim.TwoViews()((crop[None], jitter[None]))
+    student, teacher = tinymim.TwoViews()(crop[None], jitter[None])
     torch.testing.assert_close(teacher[0], v2.functional.normalize(crop / 255, tinymim.IMAGENET_MEAN, tinymim.IMAGENET_STD))
     assert not torch.equal(student, teacher)
     unchanged = torch.stack([jitter[0], torch.ones(3)])
-    torch.testing.assert_close(tinymim.TwoViews()((crop[None], unchanged[None]))[0], teacher)
+    torch.testing.assert_close(tinymim.TwoViews()(crop[None], unchanged[None])[0], teacher)
 
 
 def test_crops_depend_on_seed_epoch_and_image_only(photos):
@@ -480,9 +481,9 @@ def test_crops_depend_on_seed_epoch_and_image_only(photos):
     def batches(workers, seed=0, epoch=0):
         args = argparse.Namespace(batch_size=8, accum=1, workers=workers, seed=seed)
         dataset = tinymim.ImageDataset(paths, tinymim.CropAndJitter(16), seed)
-        loader = tinymim.make_loader(dataset, args, tinymim.Machine(torch.device("cpu"), 0, 0, 1))
+        loader = tinymim.make_loader(dataset, args, CPU)
         loader.sampler.set_epoch(epoch)
-        return torch.cat([crops for (crops, _), _ in loader])
+        return torch.cat([crops for crops, _, _ in loader])
 
     first = batches(0)
     assert torch.equal(first, batches(2)) and not torch.equal(first, batches(0, seed=1)) and not torch.equal(first, batches(0, epoch=1))
@@ -520,7 +521,7 @@ def test_a_run(command, tmp_path, capsys):
     assert list(log[0]) == ["epoch", "loss", "qq", "kk", "vv", "lr", "images/s", "peak_memory_gib"]
     assert [record["epoch"] for record in log] == list(range(1, 9)) and log[-1]["loss"] < 0.9 * log[0]["loss"]
     assert all(record["loss"] == pytest.approx(record["qq"] + record["kk"] + record["vv"], rel=1e-5) for record in log)
-    assert sorted(os.listdir(tmp_path / "run")) == ["last.pth", "log.jsonl", "relations.png"]
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", "last.pth", "log.jsonl", "relations.png"]
     assert Image.open(tmp_path / "run" / "relations.png").size == (2 + 7 * 114, 16 + 6 * 114)
     checkpoint = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
     assert set(checkpoint) == {"model", "config", "optimizer", "scaler", "epoch", "rng", "args", "auxiliary"}
@@ -563,11 +564,11 @@ def test_updates_are_adamw_on_the_sum_of_the_losses(command, tmp_path, teacher_f
     optimizer = torch.optim.AdamW(tinymim.parameter_groups(student, 0.05), betas=(0.9, 0.95))
     dataset = tinymim.ImageDataset(tinymim.find_images(str(photos)), tinymim.CropAndJitter(32))
     sampler = tinymim.EpochSampler(dataset, 1, 0)
-    for step, (batch, _) in enumerate(torch.utils.data.DataLoader(dataset, 8, sampler=sampler)):
+    for step, (*batch, _) in enumerate(torch.utils.data.DataLoader(dataset, 8, sampler=sampler)):
         for group in optimizer.param_groups:
             group["lr"] = tinymim.learning_rate(step / 3, 0.05 * 8 / 256, 0.5, 1)
         optimizer.zero_grad()
-        sum(objective(*tinymim.TwoViews()(batch)).values()).backward()
+        sum(objective(*tinymim.TwoViews()(*batch)).values()).backward()
         optimizer.step()
     same(model_of(tmp_path / "run"), student.state_dict(), rtol=0, atol=1e-7)
 
@@ -840,7 +841,7 @@ def test_each_option_changes_what_it_should_and_nothing_else(command, options):
     def built(options):
         args = tinymim.make_parser().parse_args([*command, *options])
         tinymim.complete(args)
-        objective, _ = tinymim.build(args, tinymim.Machine(torch.device("cpu"), 0, 0, 1))
+        objective, _ = tinymim.build(args, CPU)
         return objective, dict(
             targets=objective.targets, relations=objective.relations, heads=objective.relation_heads, block=objective.teacher_block,
             mask=objective.mask_ratio, drop=objective.student.drop_path, teacher_drop=objective.teacher.drop_path,
@@ -980,7 +981,7 @@ def test_finetuning_learns_and_is_evaluated_exactly(tuning, pictures, tmp_path, 
     log = log_of(tmp_path / "tuned")
     assert list(log[0]) == ["epoch", "loss", "lr", "images/s", "top1", "top5", "val_loss", "right", "images", "peak_memory_gib"]
     assert log[-1]["top1"] > 60 and log[-1]["images"] == 21
-    assert sorted(os.listdir(tmp_path / "tuned")) == ["augmented.png", "best.pth", "last.pth", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path / "tuned")) == [".lock", "augmented.png", "best.pth", "last.pth", "log.jsonl"]
     right, images, loss = accuracy(capsys, f"--checkpoint={tmp_path / 'tuned' / 'last.pth'}", f"--data={pictures}")
     assert (right, images) == (log[-1]["right"], 21) and loss == round(log[-1]["val_loss"], 4)
     right, _, _ = accuracy(capsys, f"--checkpoint={tmp_path / 'tuned' / 'best.pth'}", f"--data={pictures}")
@@ -1091,7 +1092,7 @@ def test_augmentation_is_the_recipe():
     boxes = torch.tensor([[2, 3, 4, 5]] + 3 * [[0, 0, 0, 0]])
     del augment.mix
     augment.mix = lambda images, labels: (images, labels)
-    images, _ = augment((crops, boxes), labels)
+    images, _ = augment(crops, boxes, labels)
     noise = torch.zeros(16, 16, dtype=torch.bool)
     noise[2:6, 3:8] = True
     clean = augment.normalize(crops / 255)
@@ -1101,7 +1102,7 @@ def test_augmentation_is_the_recipe():
     augment, boxes, mixed, cut = finetune.Augment(num_classes=4), torch.zeros(4, 4, dtype=torch.long), 0, 0
     crops = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 16, 16) * 60
     for _ in range(60):
-        images, targets = augment((crops, boxes), labels)
+        images, targets = augment(crops, boxes, labels)
         torch.testing.assert_close(targets.sum(1), torch.ones(4))
         flat = (images.amax((2, 3)) - images.amin((2, 3)) < 1e-4).all()
         mixed, cut = mixed + int(flat and targets.max() < 0.999), cut + int(not flat)
@@ -1110,11 +1111,10 @@ def test_augmentation_is_the_recipe():
 
 def test_finetuning_defaults_follow_the_size(photos, tmp_path):
     args = finetune.make_parser().parse_args(["--checkpoint=x"])
-    machine = tinymim.Machine(torch.device("cpu"), 0, 0, 1)
     base = finetune.recipe(args, 768)
     assert (base["epochs"], base["blr"], base["layer_decay"], base["drop_path"], base["min_lr"]) == (100, 5e-4, 0.65, 0.2, 1e-6)
     assert finetune.recipe(args, 192)["blr"] > base["blr"] and finetune.recipe(args, 384)["blr"] > base["blr"]
-    model, config, _ = finetune.build(finetune.make_parser().parse_args(["--checkpoint=none"]), machine, "none", 7)
+    model, config = finetune.build(finetune.make_parser().parse_args(["--checkpoint=none"]), CPU, "none", 7)
     assert config == dict(dim=192, depth=12, heads=3, patch_size=16, img_size=224, num_classes=7, cls_token=False, probe=False, class_names=None)
     assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.2) and model.pos_embed.requires_grad
     rates = [block.drop_path.p for block in finetune.Classifier(24, 3, 2, drop_path=0.2).blocks]

@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import http.client
 import json
@@ -186,33 +187,28 @@ def download(url, md5):
     The file's md5 must begin with `md5`; what does not arrive whole is not kept.
     """
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    if os.path.exists(path):
-        if not file_md5(path).startswith(md5):
-            raise UserError(f"{path} is not the file published at {url}: delete it and run again")
-        return path
     partial = f"{path}.{os.getpid()}.part"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        print(f"downloading {url} to {path}", file=sys.stderr)
-        torch.hub.download_url_to_file(url, partial)
-        if not file_md5(partial).startswith(md5):
-            raise UserError(f"what came from {url} is broken, or not the published file: try again, "
-                            f"or fetch it elsewhere and put it at {path}")
-        os.replace(partial, path)
-    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise UserError(f"cannot download {url} ({error}): fetch it elsewhere and put it at {path}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
+    if not os.path.exists(path):
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            print(f"downloading {url} to {path}", file=sys.stderr)
+            torch.hub.download_url_to_file(url, partial)
+            if begins_with_md5(partial, md5):
+                os.replace(partial, path)
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            raise UserError(f"cannot download {url} ({error}): fetch it elsewhere and put it at {path}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(partial)
+        if not os.path.exists(path):
+            raise UserError(f"what came from {url} is broken: try again, or fetch it elsewhere and put it at {path}")
+    elif not begins_with_md5(path, md5):
+        raise UserError(f"{path} is not the file published at {url}: delete it and run again")
     return path
 
 
-def file_md5(path):
-    md5 = hashlib.md5()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            md5.update(chunk)
-    return md5.hexdigest()
+def begins_with_md5(path, digits):
+    return os.path.getsize(path) > 0 and hashlib.md5(np.memmap(path, mode="r")).hexdigest().startswith(digits)
 
 
 def read_checkpoint(path):
@@ -396,13 +392,13 @@ class TinyMIM(nn.Module):
                  targets=("relation",), mask_ratio=0.0, decoder=(512, 8, 16)):
         super().__init__()
         if teacher is not None:
-            self.check_fit(student, teacher, teacher_block, relation_heads if "relation" in targets else 1)
+            check_fit(student, teacher, teacher_block, relation_heads)
         self.student, self.teacher, self.teacher_block = student, teacher, teacher_block
-        self.relation_heads, self.relations, self.targets = relation_heads, tuple(relations), tuple(targets)
-        self.mask_ratio = mask_ratio
+        self.relation_heads, self.relations = relation_heads, tuple(relations)
+        self.targets, self.mask_ratio = tuple(targets), mask_ratio
         self.maps = nn.ModuleDict({name: nn.Linear(student.dim, teacher.dim) for name in ("feature", "cls") if name in targets})
         if "pixel" in targets:
-            if not 0 < int(mask_ratio * (student.pos_embed.shape[1] - 1)):
+            if int(mask_ratio * (student.pos_embed.shape[1] - 1)) == 0:
                 raise ValueError(f"a mask ratio of {mask_ratio} leaves the pixel target no patch to predict")
             self.decoder = Decoder(student.dim, student.patch_size, student.img_size, *decoder)
         else:
@@ -411,19 +407,6 @@ class TinyMIM(nn.Module):
             last = student.blocks[-1]
             for unused in (last.attn.proj, last.norm2, last.mlp):
                 unused.requires_grad_(False)
-
-    @staticmethod
-    def check_fit(student, teacher, teacher_block, relation_heads):
-        if not 1 <= teacher_block <= teacher.depth:
-            raise ValueError(f"the teacher has blocks 1 to {teacher.depth}, not {teacher_block}")
-        if student.pos_embed.shape[1] != teacher.pos_embed.shape[1]:
-            raise ValueError(f"student and teacher must see the same patches: the student's {student.img_size} pixels in "
-                             f"patches of {student.patch_size}, the teacher's {teacher.img_size} in {teacher.patch_size}")
-        shared = math.gcd(student.dim, teacher.dim)
-        if shared % relation_heads:
-            fitting = max(heads for heads in range(1, relation_heads) if shared % heads == 0)
-            raise ValueError(f"widths of {student.dim} (student) and {teacher.dim} (teacher) do not both divide into "
-                             f"{relation_heads} relation heads: try {fitting}")
 
     def train(self, mode=True):
         super().train(mode)
@@ -468,9 +451,19 @@ class TinyMIM(nn.Module):
             losses["pixel"] = pixel_loss(predicted, student_images, masked=rank >= keep.shape[1])
         return losses
 
-    def auxiliary_state(self):
-        """What is trained beside the student, linear maps and decoder: for --resume, of no use afterwards."""
-        return {name: t for name, t in self.state_dict().items() if name.startswith(("maps.", "decoder."))}
+
+def check_fit(student, teacher, teacher_block, relation_heads):
+    """Raises ValueError if TinyMIM cannot match these networks. relation_heads: None if no relations are matched."""
+    if not 1 <= teacher_block <= teacher.depth:
+        raise ValueError(f"the teacher has blocks 1 to {teacher.depth}, not {teacher_block}")
+    if student.pos_embed.shape[1] != teacher.pos_embed.shape[1]:
+        raise ValueError(f"student and teacher must see the same patches: the student's {student.img_size} pixels in "
+                         f"patches of {student.patch_size}, the teacher's {teacher.img_size} in {teacher.patch_size}")
+    shared = math.gcd(student.dim, teacher.dim)
+    if relation_heads and shared % relation_heads:
+        fitting = max(heads for heads in range(1, relation_heads) if shared % heads == 0)
+        raise ValueError(f"widths of {student.dim} (student) and {teacher.dim} (teacher) do not both divide into "
+                         f"{relation_heads} relation heads: try --relation-heads {fitting}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -522,10 +515,10 @@ def decode(path):
 
 
 class ImageDataset(Dataset):
-    """Item (epoch, i) is transform(uint8 image i), then its label if there are labels, then -1, or i if it is broken.
+    """Item (epoch, i): what transform makes of image i, a tuple of tensors; its label, if there are labels; and -1.
 
-    Another image takes the place of one that cannot be decoded. All that is random depends on (seed, epoch, i) alone:
-    a run is the same for any number of workers and processes, and after it is resumed.
+    If image i cannot be decoded, another takes its place, and i stands instead of -1. All that is random depends on
+    (seed, epoch, i) alone: a run is the same for any number of workers and processes, and after it is resumed.
     """
 
     def __init__(self, paths, transform, seed=0, labels=None):
@@ -549,8 +542,8 @@ class ImageDataset(Dataset):
                     index = int(torch.randint(len(self), ()))
             else:
                 image = torch.zeros(3, 64, 64, dtype=torch.uint8)  # hardly one is whole: train_epoch stops the run
-            item = [self.transform(image)]
-        return item + ([] if self.labels is None else [self.labels[index]]) + [broken]
+            item = self.transform(image)
+        return (*item, broken) if self.labels is None else (*item, self.labels[index], broken)
 
     def report(self, broken):
         """Name the files of these indices that have not been named yet; returns how many indices there are."""
@@ -616,17 +609,13 @@ class TwoViews(nn.Module):
         super().__init__()
         self.normalize = Normalize()
 
-    def forward(self, crops_and_jitter):
-        crops, jitter = crops_and_jitter
+    def forward(self, crops, jitter):
         images = crops / 255
         return self.normalize(color_jitter(images, jitter)), self.normalize(images)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 5. Training.
-
-Machine = collections.namedtuple("Machine", "device rank local_rank world")  # world: the number of processes
-
 
 def learning_rate(epoch, peak, warmup_epochs, epochs, floor=0.0):
     """Linear warm-up from 0 to `peak`, then half a cosine to `floor`. `epoch` counts from 0, with a fraction."""
@@ -645,22 +634,29 @@ def parameter_groups(module, weight_decay):
     ]
 
 
+Machine = collections.namedtuple("Machine", "device amp rank local_rank world")  # amp: autocast's dtype; world: processes
+
+
 def start(args):
-    """Choose the device and, under torchrun, join the other processes."""
+    """Choose the device and precision and, under torchrun, join the other processes. Returns a Machine."""
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    amp = "off" if args.amp == "auto" else args.amp
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. Lower "
                             f"torchrun's --nproc-per-node, or use --device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        if args.amp == "auto":
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if world > 1 and not dist.is_initialized():
         # an hour: the others wait while one process of each node downloads
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    return Machine(device, rank, local_rank, world)
+    amp = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return Machine(device, amp, rank, local_rank, world)
 
 
 def once_per_node(machine, fetch):
@@ -673,13 +669,6 @@ def once_per_node(machine, fetch):
     return result
 
 
-def amp_type(choice, device):
-    """The dtype of autocast: what --amp says; "auto" is bf16 on a GPU that has it, fp16 on one that has not."""
-    if choice == "auto":
-        choice = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
-
-
 def make_loader(dataset, args, machine):
     """Shuffled training batches of --batch-size for this process; a last, smaller one is dropped."""
     if len(dataset) < args.batch_size * args.accum * machine.world:
@@ -687,35 +676,27 @@ def make_loader(dataset, args, machine):
                         f"{machine.world} processes: lower --batch-size")
     sampler = EpochSampler(dataset, machine.world, machine.rank, seed=args.seed, drop_last=True)
     return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.workers, drop_last=True,
-                      pin_memory=machine.device.type == "cuda", persistent_workers=args.workers > 0,
-                      worker_init_fn=leave_interrupts_to_parent)
+                      pin_memory=machine.device.type == "cuda", persistent_workers=args.workers > 0, worker_init_fn=ignore_ctrl_c)
 
 
-def leave_interrupts_to_parent(worker):
+def ignore_ctrl_c(worker):
+    """For worker processes: Ctrl-C reaches them too, but the training process ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def to_device(batch, device):
-    """A tensor, or (nested) list of tensors, on the device; from pinned memory the copy runs beside the computation."""
-    if isinstance(batch, (list, tuple)):
-        return [to_device(part, device) for part in batch]
-    return batch.to(device, non_blocking=True)
-
-
 def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, epoch, bar):
-    """One epoch of updates; returns the mean of each loss over it, {name: float}. `epoch` counts from 0.
+    """One epoch of updates; returns the mean of each loss over it and over all processes, {name: float}. `epoch` is from 0.
 
-    objective(*prepare(batch)) gives {name: scalar}, whose sum is minimised. Nothing waits for the device between log
+    objective(*prepare(*batch)) gives {name: scalar}, whose sum is minimised. Nothing waits for the device between log
     points. Raises UserError for a loss that is not finite, and if most files cannot be decoded.
     """
     updates = len(loader) // args.accum
     log_every = 50 if machine.device.type == "cuda" else 1
     global_batch = args.batch_size * args.accum * machine.world
-    amp = amp_type(args.amp, machine.device)
     loader.sampler.set_epoch(epoch)
     bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
     batches, sums, seen, broken = iter(loader), {}, 0, 0
-    torch.manual_seed(hash((args.seed, epoch, machine.rank)))  # drop path: an epoch is the same after --resume
+    torch.manual_seed(hash((args.seed, epoch, machine.rank)))  # drop path and masks: an epoch is the same after --resume
     objective.train()
     for update in range(updates):
         lr = learning_rate(epoch + update / updates, args.blr * global_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
@@ -727,12 +708,10 @@ def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, ep
             broken += loader.dataset.report(undecoded[undecoded >= 0].tolist())
             if broken > seen / 2 and (seen >= 256 or update == updates - 1):
                 raise UserError(f"{broken} of {seen} files could not be decoded: is this the right --data?")
-            inputs = prepare(*to_device(batch, machine.device))
-            wait = contextlib.nullcontext()
-            if machine.world > 1 and micro < args.accum - 1:
-                wait = objective.no_sync()  # gradients are averaged between processes once per update
-            with wait:
-                with torch.autocast(machine.device.type, amp, enabled=amp != torch.float32):
+            inputs = prepare(*(x.to(machine.device, non_blocking=True) for x in batch))
+            between = machine.world > 1 and micro < args.accum - 1
+            with objective.no_sync() if between else contextlib.nullcontext():  # gradients are averaged once per update
+                with torch.autocast(machine.device.type, machine.amp, enabled=machine.amp != torch.float32):
                     losses = objective(*inputs)
                     loss = sum(losses.values())
                 scaler.scale(loss / args.accum).backward()
@@ -743,16 +722,68 @@ def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, ep
         optimizer.zero_grad()
         if update % log_every == 0 or update == updates - 1:
             if not math.isfinite(sums["loss"]):
-                raise UserError(f"the loss is {loss.item()} at step {update + 1} of epoch {epoch + 1}. Try a lower --blr. The "
-                                f"last good checkpoint is {os.path.join(args.out, 'last.pth')}, after epoch {epoch}")
+                raise UserError(f"the loss is {loss.item()} at step {update + 1} of epoch {epoch + 1}: try a lower --blr. The last "
+                                f"good checkpoint is {os.path.join(args.out, 'last.pth')}, after epoch {epoch}")
             bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.2e}", refresh=False)
         bar.update(global_batch)
-    means = torch.stack([value / updates for value in sums.values()])
+    means = torch.stack([value / updates / machine.world for value in sums.values()])
     if machine.world > 1:
         dist.all_reduce(means)
-    return {name: value / machine.world for name, value in zip(sums, means.tolist())} | {"lr": lr}
+    return dict(zip(sums, means.tolist())) | {"lr": lr}
 
 
+def fit(objective, model, config, prepare, loader, optimizer, args, machine, after_epoch):
+    """All epochs of a run, from the first or, with --resume, the one that follows last.pth; writes that and log.jsonl.
+
+    objective, prepare: see train_epoch. model: the part of the objective that is the result, which config rebuilds.
+    after_epoch(): called in all processes, returns more for the log; the best "top1" in it is kept as best.pth.
+    """
+    last, best, log = (os.path.join(args.out, name) for name in ("last.pth", "best.pth", "log.jsonl"))
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
+    kept = {id(parameter) for parameter in model.parameters()}
+    auxiliary = {name: p.data for name, p in objective.named_parameters() if p.requires_grad and id(p) not in kept}
+
+    def save(path, epoch):
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            raise UserError(f"parameters are no longer finite after epoch {epoch}: try a lower --blr. {last} is the last good checkpoint")
+        replace_file(path, lambda file: torch.save({
+            "model": model.state_dict(), "config": config, "auxiliary": auxiliary, "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), "epoch": epoch, "rng": args.seed, "args": vars(args),
+        }, file))
+
+    done, history = 0, []
+    if args.resume:
+        checkpoint = read_checkpoint(last)[2]
+        model.load_state_dict(checkpoint["model"])
+        objective.load_state_dict(checkpoint["auxiliary"], strict=False)  # what the losses need besides, such as a decoder
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        done = checkpoint["epoch"]
+        history = [json.loads(line) for line in open(log)][:done] if done else []
+    elif machine.rank == 0:
+        save(last, 0)  # a full disk or a read-only folder shows now, and from now on there is always a last.pth
+    if args.compile:
+        objective.compile()
+    parallel = DistributedDataParallel(objective) if machine.world > 1 else objective
+    images = len(loader) // args.accum * args.batch_size * args.accum * machine.world  # in an epoch
+    # one bar for the whole run, which counts images: so it shows images/s and the time that remains
+    with tqdm(total=args.epochs * images, initial=done * images, unit="image", unit_scale=True, smoothing=0.1,
+              disable=machine.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        for epoch in range(done, args.epochs):
+            began = time.perf_counter()
+            record = {"epoch": epoch + 1} | train_epoch(parallel, prepare, loader, optimizer, scaler, args, machine, epoch, bar)
+            record["images/s"] = images / (time.perf_counter() - began)
+            record |= after_epoch() | {"peak_memory_gib": peak_memory(machine.device)}
+            history.append(record)
+            if machine.rank == 0:
+                tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+                lines = "".join(json.dumps(entry) + "\n" for entry in history)
+                replace_file(log, lambda file: file.write(lines.encode()))
+                if "top1" in record and record["top1"] > max([entry["top1"] for entry in history[:-1]], default=-1):
+                    save(best, epoch + 1)
+                save(last, epoch + 1)
+    if machine.world > 1:
+        dist.destroy_process_group()
 
 
 def replace_file(path, write):
@@ -770,37 +801,6 @@ def replace_file(path, write):
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
-
-
-def save_checkpoint(path, model, config, optimizer, scaler, epoch, args, **more):
-    """Write what load_teacher, finetune.py and --resume need: tensors and plain values. `epoch`: how many are done."""
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
-        raise UserError(f"parameters are no longer finite after epoch {epoch}: not saved. {path} is the last good checkpoint")
-    checkpoint = {
-        "model": model.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(), "epoch": epoch, "rng": args.seed, "args": vars(args),
-    } | more
-    replace_file(path, lambda file: torch.save(checkpoint, file))
-
-
-def log_epoch(path, record):
-    """Put `record` in the place of its epoch in a file of JSON lines; lines of later epochs, from before a kill, go."""
-    lines = open(path).readlines() if os.path.exists(path) else []
-    lines = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
-    text = "".join(lines) + json.dumps(record) + "\n"
-    replace_file(path, lambda file: file.write(text.encode()))
-
-
-def report(record, path):
-    """One line for an epoch on the screen, and one in log.jsonl."""
-    tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
-    log_epoch(path, record)
-
-
-def progress_bar(args, machine, images, done):
-    """One bar for the whole run, which counts images, so that it shows images/s and the time that remains."""
-    return tqdm(total=args.epochs * images, initial=done * images, unit="image", unit_scale=True, smoothing=0.1,
-                disable=machine.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 def peak_memory(device):
@@ -889,74 +889,67 @@ def build(args, machine):
     return objective.to(machine.device), sizes | {"relation_heads": heads}
 
 
-def describe(objective, args, machine, images, folder):
-    """What is about to run, in two or three lines."""
-    student, block = objective.student, objective.teacher_block
-    if machine.device.type == "cpu":
-        print("no GPU: this is slow. For something that runs in minutes: --student nano --img-size 64 --relation-heads 8 --epochs 1")
-    what = " + ".join(args.target)
-    if "relation" in args.target:
-        what += f" ({' '.join(args.relations)}, {objective.relation_heads} heads)"
-    print(f"student {args.student}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters, learns {what}"
-          + (f" of block {block} of {objective.teacher.depth} of {args.teacher}" if args.teacher else "")
-          + (f", {args.mask_ratio:.0%} masked" if args.mask_ratio else ""))
-    batch = args.batch_size * args.accum * machine.world
-    print(f"{images} images in {folder}, {args.epochs} epochs in batches of {batch}, peak learning rate {args.blr * batch / 256:.3g}, "
-          f"{machine.world} x {machine.device.type}, results in {args.out}", flush=True)
-
-
 def train(args):
     """Run what `args` (see make_parser) describe, and leave last.pth, log.jsonl and relations.png in args.out."""
     machine = start(args)
-    first = machine.rank == 0
-    last, log, picture = (os.path.join(args.out, name) for name in ("last.pth", "log.jsonl", "relations.png"))
-    if os.path.exists(last) and not args.resume:
-        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts anew")
+    lock = claim(args, machine)  # noqa: F841, held as long as it is referred to
     objective, config = build(args, machine)
-    student = objective.student
+    student, block = objective.student, objective.teacher_block
     folder = once_per_node(machine, imagenette) if args.data == "imagenette" else args.data
     paths = find_images(folder)
     photos = preview(paths, student.img_size)
     jitter = 0.4 if objective.teacher else 0.0  # MAE changes no colours
     loader = make_loader(ImageDataset(paths, CropAndJitter(student.img_size, jitter), args.seed), args, machine)
     views = TwoViews().to(machine.device)
+    if args.compile:
+        views.compile()
     groups = parameter_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=args.fused or None)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=amp_type(args.amp, machine.device) == torch.float16)
-    done = 0
-    if args.resume:
-        checkpoint = read_checkpoint(last)[2]
-        objective.load_state_dict(checkpoint["auxiliary"], strict=False)
-        student.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        done = checkpoint["epoch"]
-    if args.compile:
-        objective.compile()
-        views.compile()
-    model = DistributedDataParallel(objective, broadcast_buffers=False) if machine.world > 1 else objective
+    if machine.rank == 0:
+        if machine.device.type == "cpu":
+            print("no GPU: this is slow. For something that runs in minutes: --student nano --img-size 64 --relation-heads 8 --epochs 1")
+        what = " + ".join(args.target).replace("relation", f"relation {'/'.join(args.relations)} in {objective.relation_heads} heads")
+        what += f" of block {block} of {objective.teacher.depth} of {args.teacher}" if args.teacher else ""
+        print(f"student {args.student}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters: {what}, "
+              f"{args.mask_ratio:.0%} of the patches masked")
+        print_plan(args, machine, f"{len(paths)} images in {folder}")
 
-    def save(epoch):
-        save_checkpoint(last, student, config, optimizer, scaler, epoch, args, auxiliary=objective.auxiliary_state())
-        draw_relations(objective, photos, picture)
+    def after_epoch():
+        if machine.rank == 0:
+            draw_relations(objective, photos, os.path.join(args.out, "relations.png"))
+        return {}
 
-    if first:
-        describe(objective, args, machine, len(paths), folder)
-        if not args.resume:
-            save(0)  # a full disk or a read-only folder shows now, and from now on there is always a last.pth
-    images = len(loader) // args.accum * args.batch_size * args.accum * machine.world  # in an epoch
-    with progress_bar(args, machine, images, done) as bar:
-        for epoch in range(done, args.epochs):
-            began = time.perf_counter()
-            record = {"epoch": epoch + 1} | train_epoch(model, views, loader, optimizer, scaler, args, machine, epoch, bar)
-            record |= {"images/s": images / (time.perf_counter() - began), "peak_memory_gib": peak_memory(machine.device)}
-            if first:
-                report(record, log)
-                save(epoch + 1)
-    if machine.world > 1:
-        dist.destroy_process_group()
-    if first:
-        print(f"done: the student is in {last}")
+    fit(objective, student, config, views, loader, optimizer, args, machine, after_epoch)
+    if machine.rank == 0:
+        print(f"done: the student is in {os.path.join(args.out, 'last.pth')}")
+
+
+def claim(args, machine):
+    """See that args.out has no run, or with --resume one that stands still; returns an open file that keeps others out."""
+    if machine.rank > 0:
+        return None
+    if not args.resume and os.path.exists(os.path.join(args.out, "last.pth")):
+        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts anew")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        file = open(os.path.join(args.out, ".lock"), "w")
+    except OSError as error:
+        raise UserError(f"cannot write in {args.out} ({error}): choose another --out") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"another process is at work in {args.out}: wait for it, or choose another --out") from error
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def print_plan(args, machine, data):
+    """One line: what is trained on, how and where."""
+    batch = args.batch_size * args.accum * machine.world
+    precision = str(machine.amp).removeprefix("torch.") + (", compiled" if args.compile else "")
+    print(f"{data}, {args.epochs} epochs in batches of {batch}, peak learning rate {args.blr * batch / 256:.3g}, "
+          f"{machine.world} x {machine.device.type} in {precision}, results in {args.out}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1015,7 +1008,7 @@ MAY_CHANGE = {"data", "epochs", "batch_size", "accum", "device", "workers", "com
 def command_line(parser, argv, complete, run):
     """run(args), with every error a person can mend as one line. complete(args) fills in defaults and names the run."""
     args = parser.parse_args(argv)
-    previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does: KeyboardInterrupt
     try:
         name = complete(args)
         out = args.out or os.path.join("runs", name)
@@ -1027,7 +1020,8 @@ def command_line(parser, argv, complete, run):
         args.compile = on_gpu if args.compile is None else args.compile
         args.fused = on_gpu if args.fused is None else args.fused
         if args.workers is None:
-            args.workers = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            args.workers = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         run(args)
     except UserError as error:
         parser.exit(error.code, f"{parser.prog}: error: {error}\n")
