@@ -136,11 +136,11 @@ def read_folder(folder):
 
 class Crop:
     """uint8 image (3, H, W) to an augmented crop of it, uint8 (3, img_size, img_size), and the box (top, left, height, width)
-    that random erasing takes from it, or zeros. `plain`: only crop and flip, for a linear probe."""
+    that random erasing takes from it, or zeros. least: the smallest crop's share of the image. plain: only crop and flip."""
 
-    def __init__(self, img_size, plain=False):
+    def __init__(self, img_size, least=0.08, plain=False):
         self.plain = plain
-        steps = [v2.RandomResizedCrop(img_size, scale=(0.08, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True),
+        steps = [v2.RandomResizedCrop(img_size, scale=(least, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True),
                  v2.RandomHorizontalFlip()]
         if not plain:  # timm's rand-m9-mstd0.5-inc1: magnitude 9 of 10 is 27 of 30; the spread of 0.5 is left out
             gray = [round(255 * mean) for mean in tinymim.IMAGENET_MEAN]
@@ -192,20 +192,20 @@ class Augment(nn.Module):
 # Base is as its authors publish it, for batches of 1024 in all. For tiny and small nothing is published but "a higher learning
 # rate and larger batch", so the rest is our choice: the learning rate doubled, no or less drop path, and lower layers that move
 # more, since networks this small have nothing to spare; more epochs, since theirs are cheap. A new ViT has no pre-trained
-# layers to protect, and needs longer.
+# layers to protect, and needs longer. The linear probe is MAE's, except that SGD stands in for LARS.
 RECIPES = {
     "tiny": dict(epochs=200, blr=1e-3, layer_decay=0.85, drop_path=0.0),
     "small": dict(epochs=200, blr=1e-3, layer_decay=0.75, drop_path=0.1),
     "base": dict(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.2),
     "none": dict(epochs=300, blr=5e-4, layer_decay=1.0, drop_path=0.1),
-    "freeze": dict(epochs=90, blr=0.1, layer_decay=1.0, drop_path=0.0, weight_decay=0.0, min_lr=0.0),  # MAE's probe, by SGD
+    "freeze": dict(epochs=90, blr=0.1, layer_decay=1.0, drop_path=0.0, weight_decay=0.0, min_lr=0.0, augment="crop"),
 }
 
 
 def recipe(args, dim):
     """The defaults for a ViT of width `dim`: those of the largest published size that is no wider."""
     size = "freeze" if args.freeze else "none" if args.checkpoint == "none" else "base" if dim >= 768 else "small" if dim >= 384 else "tiny"
-    return dict(batch_size=128, weight_decay=0.05, min_lr=1e-6) | RECIPES[size]
+    return dict(batch_size=128, weight_decay=0.05, min_lr=1e-6, augment="recipe") | RECIPES[size]
 
 
 def parameter_groups(model, weight_decay, layer_decay):
@@ -342,11 +342,11 @@ def train(args):
 
     model, config = build(args, machine, os.path.join(args.out, "last.pth") if args.resume else args.checkpoint, len(classes))
     config["class_names"] = classes
-    dataset = ImageDataset(paths, Crop(model.img_size, plain=args.freeze), args.seed, labels)
+    dataset = ImageDataset(paths, Crop(model.img_size, args.crop_scale, plain=args.augment == "crop"), args.seed, labels)
     loader = tinymim.make_loader(dataset, args, machine)
     val_loader = make_eval_loader(val_paths, val_labels, model.img_size, args, machine)
-    objective = Objective(model, 0.0 if args.freeze else 0.1, frozen=args.freeze).to(machine.device)
-    augment = Augment(len(classes), plain=args.freeze).to(machine.device)
+    objective = Objective(model, 0.0 if args.augment == "crop" else 0.1, frozen=args.freeze).to(machine.device)
+    augment = Augment(len(classes), plain=args.augment == "crop").to(machine.device)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     if args.freeze:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
@@ -389,6 +389,10 @@ def make_parser():
     add = parser.add_argument_group("data and evaluation").add_argument
     add("--data", default="imagenette", metavar="FOLDER",
         help="with train/ and val/, a folder of images for each class in both; default: Imagenette, downloaded once to data/")
+    add("--augment", choices=("recipe", "crop"),
+        help="recipe: MixUp, CutMix, RandAugment, random erasing, label smoothing; crop: random crops and flips only, for a "
+        "linear probe, or few images or epochs; default: recipe, with --freeze crop")
+    add("--crop-scale", type=number(float, 0, 1), default=0.08, metavar="P", help="the least area of a random crop; default: 0.08")
     add("--eval", action="store_true", help="only measure a fine-tuned --checkpoint, on --data FOLDER's val/ if it has one, else on FOLDER; "
         "if that has only some of the model's classes, among those")
     add("--class-names", metavar="FOLDER", help="where a checkpoint does not tell its classes: a folder that has one for each")

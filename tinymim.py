@@ -310,7 +310,7 @@ def relation(a, b, heads):
 
 
 def relation_loss(student_qkv, teacher_qkv, heads, pairs=("qq", "kk", "vv")):
-    """KL(teacher's relation || student's), the mean over images, heads and rows, for each pair (section 3.2 of the paper).
+    """KL(teacher's relation || student's), the mean over images, heads and rows, for each pair.
 
     student_qkv, teacher_qkv: queries, keys, values of one block, (B, N, D) each; D may differ between the two networks,
     B and N may not. heads: relation heads, must divide both D. pairs: of the letters q, k, v.
@@ -380,7 +380,7 @@ def pixel_loss(predicted, images, masked, normalize=True):
 class TinyMIM(nn.Module):
     """The training objective: images in, losses by name out. Holds the student, the frozen teacher, and what else is trained.
 
-    targets: which losses, see section 4.3 of the paper. "relation": relation_loss, between the student's last block and the
+    targets: which losses are summed. "relation": relation_loss, between the student's last block and the
         teacher's block `teacher_block` (from 1). "feature": the student's last block's output, through a linear map, against
         the output of the teacher's. "cls": the same for the class token alone. "pixel": MAE, which needs no teacher.
     relation_heads, relations: see relation_loss. mask_ratio: the share of patches that neither network sees.
@@ -645,8 +645,8 @@ def start(args):
     amp = "off" if args.amp == "auto" else args.amp
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. Lower "
-                            f"torchrun's --nproc-per-node, or use --device cpu")
+            raise UserError(f"no GPU for process {local_rank + 1} of this machine, which has {torch.cuda.device_count()}: use "
+                            f"--device cpu, or a lower --nproc-per-node of torchrun")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         if args.amp == "auto":
@@ -757,9 +757,12 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
         model.load_state_dict(checkpoint["model"])
         objective.load_state_dict(checkpoint["auxiliary"], strict=False)  # what the losses need besides, such as a decoder
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # it ran in fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         done = checkpoint["epoch"]
-        history = [json.loads(line) for line in open(log)][:done] if done else []
+        if os.path.exists(log):
+            with open(log) as file:
+                history = [json.loads(line) for line in file][:done]  # a kill can leave it one epoch ahead
     elif machine.rank == 0:
         save(last, 0)  # a full disk or a read-only folder shows now, and from now on there is always a last.pth
     if args.compile:
@@ -907,11 +910,11 @@ def train(args):
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=args.fused or None)
     if machine.rank == 0:
         if machine.device.type == "cpu":
-            print("no GPU: this is slow. For something that runs in minutes: --student nano --img-size 64 --relation-heads 8 --epochs 1")
+            print("no GPU: this is slow. For something that runs in minutes: python extras/demo.py")
         what = " + ".join(args.target).replace("relation", f"relation {'/'.join(args.relations)} in {objective.relation_heads} heads")
         what += f" of block {block} of {objective.teacher.depth} of {args.teacher}" if args.teacher else ""
-        print(f"student {args.student}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters: {what}, "
-              f"{args.mask_ratio:.0%} of the patches masked")
+        print(f"student {student.dim} wide, {student.depth} deep, {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters: "
+              f"{what}, {args.mask_ratio:.0%} of the patches masked")
         print_plan(args, machine, f"{len(paths)} images in {folder}")
 
     def after_epoch():

@@ -1,6 +1,6 @@
 """Draw the demo's labelled pictures: one filled shape on a two-tone ground, at a random place, size, turn and colours.
 
-    python extras/shapes.py FOLDER --train 20000 --val 1000      (ten classes; FOLDER/{train,val}/CLASS/N.png)
+    python extras/shapes.py FOLDER --train 40000 --val 1000      (ten classes; FOLDER/{train,val}/CLASS/N.png)
 """
 
 import argparse
@@ -40,7 +40,7 @@ def draw(shape, random, size):
     return picture.reshape(size, 2, size, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
 
 
-def write(folder, count, seed, size=32):
+def write(folder, count, seed, size=40):
     """Draw `count` pictures, as many of each shape, into folder/SHAPE/N.png."""
     random, names = np.random.RandomState(seed), list(SHAPES)
     for name in names:
@@ -53,9 +53,9 @@ def write(folder, count, seed, size=32):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw the demo's labelled pictures of ten shapes.")
     parser.add_argument("folder")
-    parser.add_argument("--train", type=int, default=20000, metavar="N", help="pictures in FOLDER/train; default: 20000")
+    parser.add_argument("--train", type=int, default=40000, metavar="N", help="pictures in FOLDER/train; default: 40000")
     parser.add_argument("--val", type=int, default=1000, metavar="N", help="pictures in FOLDER/val; default: 1000")
-    parser.add_argument("--size", type=int, default=32, metavar="N", help="in pixels; default: 32")
+    parser.add_argument("--size", type=int, default=40, metavar="N", help="in pixels; default: 40")
     args = parser.parse_args()
     write(os.path.join(args.folder, "train"), args.train, seed=1, size=args.size)
     write(os.path.join(args.folder, "val"), args.val, seed=2, size=args.size)
