@@ -1152,3 +1152,52 @@ def test_finetuning_errors(teacher_file, pictures, tmp_path, capsys, code, says,
     options = [option.format(teacher=teacher_file, **folders) for option in options]
     shared = [f"--data={pictures}", f"--out={tmp_path / 'tuned'}", "--batch-size=10", "--epochs=3", "--workers=0", "--device=cpu"]
     fails(capsys, code, says, main=finetune.main, options=shared + options)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# README.md and extras/.
+
+
+def test_readme_commands_are_understood():
+    """Every command line of the README that calls one of the two scripts has options that exist."""
+    text = open(os.path.join(HERE, "README.md")).read().replace("\\\n", " ")
+    commands = [line.split(" #")[0].split() for line in text.splitlines() if line.startswith(("python ", "torchrun ", "    python "))]
+    seen = {"tinymim.py": 0, "finetune.py": 0}
+    for words in commands:
+        for script, module in (("tinymim.py", tinymim), ("finetune.py", finetune)):
+            if script in words:
+                args = module.make_parser().parse_args(words[words.index(script) + 1:])
+                module.complete(args)
+                seen[script] += 1
+    assert seen["tinymim.py"] >= 8 and seen["finetune.py"] >= 4
+
+
+def test_the_demos_teacher(tmp_path):
+    path = os.path.join(HERE, "assets", "shapes_teacher.pth")
+    assert os.path.getsize(path) < 3e6
+    teacher = tinymim.load_teacher(path)
+    assert (teacher.dim, teacher.depth, teacher.heads, teacher.patch_size, teacher.img_size) == (128, 6, 4, 6, 36)
+
+
+def test_shapes_are_drawn_as_before(tmp_path):
+    """The same seed draws the same pictures, with every class in a folder."""
+    for name in ("a", "b"):
+        subprocess.run([sys.executable, os.path.join(HERE, "extras", "shapes.py"), tmp_path / name, "--train=20", "--val=10"], check=True)
+    pictures = sorted((tmp_path / "a").rglob("*.png"))
+    assert len(pictures) == 30 and len({path.parent.name for path in pictures}) == 10
+    assert all(path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes() for path in pictures)
+
+
+def test_every_row_of_the_study_works(tmp_path):
+    """At its smallest setting; what is finished is not run again."""
+    shapes, study = (os.path.join(HERE, "extras", name) for name in ("shapes.py", "study.py"))
+    subprocess.run([sys.executable, shapes, tmp_path / "data", "--train=80", "--val=40", "--size=32"], check=True)
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, study, "--data", tmp_path / "data", "--out", tmp_path / "study", "--smallest", "--device=cpu"],
+                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    rows = [line for line in outputs[0].splitlines() if line.startswith("| ")]
+    assert len(rows) == 22 and rows == [line for line in outputs[1].splitlines() if line.startswith("| ")]
+    assert "start " in outputs[0] and "start " not in outputs[1] and "too small to conclude" in outputs[0]
