@@ -75,10 +75,10 @@ def load_weights(model, tensors, path):
     return [name for name in own if name not in fitting], [name for name in tensors if name not in fitting]
 
 
-def build(args, machine, path, num_classes=None):
-    """The classifier that a checkpoint is (num_classes None) or starts, or a new one (path "none"), and its config.
+def build(args, machine, path, classes=None):
+    """The classifier that a checkpoint is (classes None) or starts, or a new one (path "none"), and its config.
 
-    Fills in args with the recipe for its size. Raises UserError.
+    classes: names of what it is to tell apart; a head for others is left out of the checkpoint. Fills in args with the recipe for its size. Raises UserError.
     """
     if path == "none":
         tensors, config = {}, {}
@@ -93,8 +93,13 @@ def build(args, machine, path, num_classes=None):
         tensors, config, _ = tinymim.read_checkpoint(path)
         sizes = tinymim.architecture(tensors, config, path, args.heads, option="--heads")
         sizes["img_size"] = args.img_size or sizes["img_size"]
-    kind = dict(num_classes=num_classes, cls_token=args.cls_token, probe=args.freeze)
-    if num_classes is None:
+        if classes and config.get("class_names", classes) != classes:
+            if args.resume:
+                raise UserError(f"the run in {args.out} has other classes than --data")
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    if classes:
+        kind = dict(num_classes=len(classes), cls_token=args.cls_token, probe=args.freeze)
+    else:
         if "head.weight" not in tensors:
             raise UserError(f"{path} has no head to evaluate: fine-tune it first")
         kind = dict(num_classes=len(tensors["head.weight"]), cls_token="norm.weight" in tensors, probe="head_norm.running_mean" in tensors)
@@ -107,11 +112,14 @@ def build(args, machine, path, num_classes=None):
         raise UserError(error, code=2) from error
     if tensors:
         new, left_out = load_weights(model, tensors, path)
-        if num_classes is None and new:
+        strange = [name for name in left_out if name.startswith("blocks.")]
+        if strange:
+            raise UserError(f"{path} is no plain ViT, it also has {strange[0]}")
+        if not classes and new:
             raise UserError(f"{path} lacks {groups_of(new)}: it cannot be evaluated")
         if machine.rank == 0 and (new or left_out):
             print(f"{path}: the classifier has new {groups_of(new)}; left out of the checkpoint: {groups_of(left_out)}")
-    return model, sizes | kind | {"class_names": config.get("class_names")}
+    return model, sizes | kind | {"class_names": classes or config.get("class_names")}
 
 
 def groups_of(names):
@@ -233,7 +241,7 @@ class Objective(nn.Module):
 
     def __init__(self, model, smoothing, frozen):
         super().__init__()
-        self.model, self.smoothing, self.frozen = model, smoothing, frozen
+        self.model, self.smoothing = model, smoothing
         if frozen:
             model.requires_grad_(False)
             model.head.requires_grad_(True)
@@ -249,9 +257,9 @@ class Objective(nn.Module):
 
 def make_eval_loader(paths, labels, img_size, args, machine):
     """This process's share of the images, none twice and none left out: resized, centre-cropped, uint8."""
-    return DataLoader(ImageDataset(paths, CenterCrop(img_size), labels=labels), args.batch_size, num_workers=args.workers,
+    return DataLoader(ImageDataset(paths, CenterCrop(img_size), labels=labels), args.batch_size, num_workers=machine.workers,
                       sampler=[(0, i) for i in range(machine.rank, len(paths), machine.world)],
-                      pin_memory=machine.device.type == "cuda", worker_init_fn=tinymim.ignore_ctrl_c)
+                      pin_memory=machine.device.type == "cuda", worker_init_fn=tinymim.stop_quietly)
 
 
 @torch.no_grad()
@@ -268,8 +276,9 @@ def evaluate(model, loader, machine, columns=None):
     normalize, amp = Normalize().to(machine.device), machine.amp
     sums = torch.zeros(4, dtype=torch.float64, device=machine.device)
     for crops, labels, undecoded in loader:
-        loader.dataset.report(undecoded[undecoded >= 0].tolist())
-        crops, labels = (x[undecoded < 0].to(machine.device, non_blocking=True) for x in (crops, labels))
+        if loader.dataset.report(undecoded[undecoded >= 0].tolist(), "it is not counted"):
+            crops, labels = crops[undecoded < 0], labels[undecoded < 0]
+        crops, labels = (x.to(machine.device, non_blocking=True) for x in (crops, labels))
         with torch.autocast(machine.device.type, amp, enabled=amp != torch.float32):
             logits = model(normalize(crops / 255)).float()
         logits = logits if columns is None else logits[:, columns]
@@ -309,8 +318,11 @@ def run_evaluation(args, machine, folder):
     paths, labels, classes = read_folder(folder)
     known = config["class_names"]
     if args.class_names:
+        if not os.path.isdir(args.class_names):
+            raise UserError(f"--class-names {args.class_names}: no such folder")
         known = sorted(entry.name for entry in os.scandir(args.class_names) if entry.is_dir())
     columns = choose_columns(known, classes, config["num_classes"], folder)
+    columns = None if columns is None else torch.tensor(columns, device=machine.device)
     loader = make_eval_loader(paths, labels, model.img_size, args, machine)
     result = evaluate(model.to(machine.device), loader, machine, columns)
     if machine.rank == 0:
@@ -330,6 +342,8 @@ def train(args):
         raise UserError(f"{folder}: no such folder of images")
     if args.eval:
         return run_evaluation(args, machine, folder)
+    if args.freeze and args.batch_size == 1:
+        raise UserError("--freeze needs a --batch-size of 2 or more: its batch norm has nothing to normalise over in 1", code=2)
     lock = tinymim.claim(args, machine)  # noqa: F841, held as long as it is referred to
     for name in ("train", "val"):
         if not os.path.isdir(os.path.join(folder, name)):
@@ -340,8 +354,7 @@ def train(args):
         odd = sorted(set(classes) ^ set(val_classes))[0]
         raise UserError(f"the classes in {folder}/train and {folder}/val differ: {odd} is only in one of them")
 
-    model, config = build(args, machine, os.path.join(args.out, "last.pth") if args.resume else args.checkpoint, len(classes))
-    config["class_names"] = classes
+    model, config = build(args, machine, os.path.join(args.out, "last.pth") if args.resume else args.checkpoint, classes)
     dataset = ImageDataset(paths, Crop(model.img_size, args.crop_scale, plain=args.augment == "crop"), args.seed, labels)
     loader = tinymim.make_loader(dataset, args, machine)
     val_loader = make_eval_loader(val_paths, val_labels, model.img_size, args, machine)
@@ -351,7 +364,7 @@ def train(args):
     if args.freeze:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=args.fused or None)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=machine.fused or None)
     if machine.rank == 0:
         draw_augmented(dataset, augment, os.path.join(args.out, "augmented.png"))
         print(f"layer decay {args.layer_decay}, drop path {args.drop_path}, {len(val_paths)} validation images")
@@ -392,14 +405,16 @@ def make_parser():
     add("--augment", choices=("recipe", "crop"),
         help="recipe: MixUp, CutMix, RandAugment, random erasing, label smoothing; crop: random crops and flips only, for a "
         "linear probe, or few images or epochs; default: recipe, with --freeze crop")
-    add("--crop-scale", type=number(float, 0, 1), default=0.08, metavar="P", help="the least area of a random crop; default: 0.08")
+    add("--crop-scale", type=number(float, 0, 1.001), default=0.08, metavar="P", help="the least area of a random crop; default: 0.08")
     add("--eval", action="store_true", help="only measure a fine-tuned --checkpoint, on --data FOLDER's val/ if it has one, else on FOLDER; "
         "if that has only some of the model's classes, among those")
     add("--class-names", metavar="FOLDER", help="where a checkpoint does not tell its classes: a folder that has one for each")
-    tinymim.training_options(parser, epochs="100, tiny and small 200, from scratch 300", warmup_epochs="5, at most a twentieth of --epochs",
-                             batch_size=128, blr="5e-4, tiny and small 1e-3", min_lr="1e-6", drop_path="base 0.2, small 0.1, tiny 0")
-    parser.add_argument("--layer-decay", type=number(float, 0), metavar="X",
-                        help="the learning rate of a layer, over that of the one above; default: base 0.65, small 0.75, tiny 0.85")
+    tinymim.training_options(
+        parser, epochs="base 100, tiny and small 200, from scratch 300, --freeze 90", warmup_epochs="5, at most a twentieth of --epochs",
+        batch_size=128, blr="base and from scratch 5e-4, tiny and small 1e-3, --freeze 0.1", min_lr="1e-6, --freeze 0",
+        weight_decay="0.05, --freeze 0", drop_path="base 0.2, small and from scratch 0.1, tiny and --freeze 0")
+    parser.add_argument("--layer-decay", type=number(float, 0), metavar="X", help="the learning rate of a layer, over that of the one "
+                        "above; default: base 0.65, small 0.75, tiny 0.85, else 1")
     return parser
 
 

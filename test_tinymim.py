@@ -131,7 +131,7 @@ def same(a, b, **tolerance):
 
 
 EXACT = dict(rtol=0, atol=0)
-CPU = tinymim.Machine(torch.device("cpu"), torch.float32, rank=0, local_rank=0, world=1)
+CPU = tinymim.Machine(torch.device("cpu"), torch.float32, compile=False, fused=False, workers=0, rank=0, local_rank=0, world=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -293,6 +293,7 @@ def test_every_kind_of_checkpoint_loads(tmp_path):
         "whole MAE": {"model": tensors | decoder},
         "authors'": {"model": tensors, "optimizer": {"state": {}}, "epoch": 1, "args": argparse.Namespace(lr=1.0)},
         "bare": tensors,
+        "with a config that is not ours": {"model": tensors, "config": None},
         "saved from DDP": {f"module.{name}": t for name, t in tensors.items()},
         "float16": {name: t.half() for name, t in tensors.items()},
         "ours": {"model": tensors, "config": SMALL | {"relation_heads": 6}, "optimizer": {}, "epoch": 1},
@@ -334,7 +335,9 @@ def test_checkpoints_that_do_not_load(tmp_path):
         ({k: t for k, t in tensors.items() if "mlp" not in k}, "lacks blocks.0.mlp.fc1.weight and 11 more"),
         (tensors | {"cls_token": torch.zeros(1, 1, 25)}, "another shape of cls_token"),
         (tensors | {"blocks.0.ls1.gamma": torch.zeros(24)}, "blocks.0.ls1.gamma"),
-        ({k: t for k, t in tensors.items() if "blocks" not in k}, "blocks are missing"),
+        ({k: t for k, t in tensors.items() if "blocks" not in k}, "holds no ViT as MAE has it: blocks"),
+        (tensors | {"pos_embed": torch.zeros(1, 12, 24)}, "square of patches"),
+        (tensors | {"pos_embed": torch.zeros(17, 24)}, "square of patches"),
         ({"weight": torch.zeros(3)}, "no ViT under MAE's parameter names"),
         ([1, 2], "no ViT under MAE's parameter names"),
         ({"model": tensors, "args": Evil()}, "not a PyTorch checkpoint"),
@@ -447,6 +450,7 @@ def test_finding_images(photos, tmp_path):
     nested.mkdir(parents=True)
     for name in ("2.PNG", "1.jpeg", "notes.txt"):
         (nested / name).touch()
+    os.symlink(tmp_path, nested / "loop")
     assert [os.path.basename(os.fsdecode(path)) for path in tinymim.find_images(str(tmp_path))] == ["1.jpeg", "2.PNG"]
 
 
@@ -479,9 +483,9 @@ def test_crops_depend_on_seed_epoch_and_image_only(photos):
     paths = tinymim.find_images(str(photos))
 
     def batches(workers, seed=0, epoch=0):
-        args = argparse.Namespace(batch_size=8, accum=1, workers=workers, seed=seed)
+        args = argparse.Namespace(batch_size=8, accum=1, seed=seed)
         dataset = tinymim.ImageDataset(paths, tinymim.CropAndJitter(16), seed)
-        loader = tinymim.make_loader(dataset, args, CPU)
+        loader = tinymim.make_loader(dataset, args, CPU._replace(workers=workers))
         loader.sampler.set_epoch(epoch)
         return torch.cat([crops for crops, _, _ in loader])
 
@@ -524,7 +528,7 @@ def test_a_run(command, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "run")) == [".lock", "last.pth", "log.jsonl", "relations.png"]
     assert Image.open(tmp_path / "run" / "relations.png").size == (2 + 7 * 114, 16 + 6 * 114)
     checkpoint = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
-    assert set(checkpoint) == {"model", "config", "optimizer", "scaler", "epoch", "rng", "args", "auxiliary"}
+    assert set(checkpoint) == {"model", "config", "optimizer", "scaler", "epoch", "rng", "args", "auxiliary", "best"}
     assert checkpoint["config"] == SMALL | {"relation_heads": 4} and checkpoint["epoch"] == 8
     student = tinymim.load_teacher(str(tmp_path / "run" / "last.pth"))  # a student is a valid teacher
     assert (student.heads, student.relation_heads) == (2, 4)
@@ -603,7 +607,7 @@ def test_resuming_is_exact(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tinymim, "train_epoch", interrupted)
     with pytest.raises(SystemExit) as stopped:
         tinymim.main(command)
-    assert stopped.value.code == 130 and "--resume goes on" in capsys.readouterr().err
+    assert stopped.value.code == 130 and "goes on after the last whole epoch" in capsys.readouterr().err
     assert len(log_of(tmp_path / "run")) == 2
     monkeypatch.setattr(tinymim, "train_epoch", train_epoch)
     tinymim.main([f"--out={tmp_path / 'run'}", "--resume", "--workers=2"])  # the other options are the run's own
@@ -636,8 +640,68 @@ def test_stopping_is_one_line(command, tmp_path, how):
         time.sleep(0.05)
     process.send_signal(how)
     out, err = process.communicate()
-    assert process.returncode == 130 and "Traceback" not in err and "--resume goes on" in err.splitlines()[-1]
+    assert process.returncode == 130 and "Traceback" not in err and "goes on after the last whole epoch" in err.splitlines()[-1]
     tinymim.load_teacher(str(tmp_path / "run" / "last.pth"))
+
+
+def test_a_scheduler_that_stops_the_whole_group(command, tmp_path):
+    """SIGTERM to the workers as well."""
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "tinymim.py"), *command, "--epochs=1000", "--workers=2"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in err and "stopped" in err.splitlines()[-1]
+
+
+def test_a_kill_in_the_middle_of_saving(command, tmp_path):
+    """What a killed process had written stays beside the whole checkpoint, and goes with the next start."""
+    tinymim.main(command + ["--epochs=1"])
+    before = (tmp_path / "run" / "last.pth").read_bytes()
+
+    def half(file):
+        file.write(before[:1000])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        tinymim.replace_file(tmp_path / "run" / "last.pth", half)
+    os.waitpid(child, 0)
+    assert [name for name in os.listdir(tmp_path / "run") if name.endswith(".part")]
+    assert (tmp_path / "run" / "last.pth").read_bytes() == before
+    tinymim.main(command + ["--epochs=2", "--resume"])
+    assert not [name for name in os.listdir(tmp_path / "run") if name.endswith(".part")] and len(log_of(tmp_path / "run")) == 2
+
+
+def test_half_precision_with_gradient_scaling_resumes_exactly(command, tmp_path):
+    command += ["--amp=fp16", "--epochs=2"]
+    tinymim.main(command + [f"--out={tmp_path / 'whole'}"])
+    finite = log_of(tmp_path / "whole")[-1]["loss"]
+    assert math.isfinite(finite)
+    train_epoch, patch = tinymim.train_epoch, pytest.MonkeyPatch()
+    with patch.context() as during:
+        during.setattr(tinymim, "train_epoch", lambda *args: signal.raise_signal(signal.SIGINT) if args[7] else train_epoch(*args))
+        with pytest.raises(SystemExit):
+            tinymim.main(command)
+    tinymim.main(command + ["--resume", "--fused"])
+    whole, resumed = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("whole", "run"))
+    assert whole["scaler"] == resumed["scaler"] and whole["scaler"]["scale"] > 1
+    same(whole["model"], resumed["model"], rtol=0, atol=1e-5)  # fused AdamW rounds in another order
+
+
+def test_two_runs_in_one_folder(command, tmp_path, capsys):
+    process = run(*command, "--epochs=1000")
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    try:
+        fails(capsys, 1, "another process is at work", options=command + ["--resume", "--epochs=1000"])
+    finally:
+        process.kill()
+    process.wait()
 
 
 def test_full_disk_loses_nothing(tmp_path):
@@ -663,6 +727,7 @@ def test_a_run_is_never_overwritten(command, tmp_path, capsys):
     before = (tmp_path / "run" / "last.pth").read_bytes()
     fails(capsys, 1, "already holds a run", "--resume", options=command)
     fails(capsys, 2, "--seed", "0", "1", options=command + ["--resume", "--epochs=1", "--seed=1"])
+    fails(capsys, 1, "not one of this version of finetune.py", main=finetune.main, options=["--resume", f"--out={tmp_path / 'run'}"])
     assert (tmp_path / "run" / "last.pth").read_bytes() == before
 
 
@@ -677,7 +742,11 @@ def test_a_run_is_never_overwritten(command, tmp_path, capsys):
     (2, "relation heads", ["--relation-heads=7"]),
     (2, "blocks 1 to 4", ["--teacher-block=9"]),
     (2, "patches", ["--patch-size=16"]),
-    (1, "patches of 8", ["--img-size=30"]),
+    (2, "patches of 8", ["--img-size=30"]),
+    (2, "single patch", ["--img-size=8"]),
+    (2, "--seed", ["--seed=99999999999999999999"]),
+    (1, "no such file", ["--teacher="]),
+    (2, "hides 16 of 16", ["--mask-ratio=0.99"]),
     (1, "batch-size", ["--batch-size=100"]),
     (1, "batch-size", ["--accum=100"]),
     (1, "no such file", ["--teacher=mae_bass"]),
@@ -894,7 +963,7 @@ def test_resuming_mae_is_exact(command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code, says, options", [
     (2, "MAE", ["--target", "pixel"]),  # with the --teacher of `command`
-    (2, "no patch to predict", ["--target", "relation", "pixel", "--mask-ratio=0.01"]),
+    (2, "too few", ["--target", "relation", "pixel", "--mask-ratio=0"]),
     (2, "--mask-ratio", ["--mask-ratio=1"]),
     (2, "--target", ["--target", "pixels"]),
     (2, "divide", ["--target", "relation", "pixel", "--decoder", "30", "1", "4"]),
@@ -930,6 +999,14 @@ def test_golden_layer_decay():
         "blocks.11.mlp.fc2.weight": (0.65, 0.05), "fc_norm.weight": (1.0, 0.0), "head.weight": (1.0, 0.05), "head.bias": (1.0, 0.0),
     }.items():
         assert groups[id(model.get_parameter(name))] == pytest.approx(expected, abs=1e-9), name
+
+
+def test_label_smoothing():
+    """A tenth of the target is spread over all classes."""
+    model = torch.nn.Identity()
+    logits, target = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+    expected = -(torch.tensor([[0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3]]) * logits.log_softmax(1)).sum()
+    torch.testing.assert_close(finetune.Objective(model, 0.1, frozen=False)(logits, target)["loss"], expected)
 
 
 @pytest.mark.parametrize("pool", ["avg", "token"])
@@ -981,11 +1058,33 @@ def test_finetuning_learns_and_is_evaluated_exactly(tuning, pictures, tmp_path, 
     log = log_of(tmp_path / "tuned")
     assert list(log[0]) == ["epoch", "loss", "lr", "images/s", "top1", "top5", "val_loss", "right", "images", "peak_memory_gib"]
     assert log[-1]["top1"] > 60 and log[-1]["images"] == 21
+    group = torch.load(tmp_path / "tuned" / "last.pth", weights_only=True)["optimizer"]["param_groups"][0]
+    assert group["betas"] == (0.9, 0.999)
     assert sorted(os.listdir(tmp_path / "tuned")) == [".lock", "augmented.png", "best.pth", "last.pth", "log.jsonl"]
     right, images, loss = accuracy(capsys, f"--checkpoint={tmp_path / 'tuned' / 'last.pth'}", f"--data={pictures}")
     assert (right, images) == (log[-1]["right"], 21) and loss == round(log[-1]["val_loss"], 4)
     right, _, _ = accuracy(capsys, f"--checkpoint={tmp_path / 'tuned' / 'best.pth'}", f"--data={pictures}")
     assert right == max(record["right"] for record in log)
+    (tmp_path / "tuned" / "log.jsonl").unlink()  # what was best is still known
+    finetune.main(["--resume", f"--out={tmp_path / 'tuned'}", "--epochs=13", "--device=cpu"])
+    again, _, _ = accuracy(capsys, f"--checkpoint={tmp_path / 'tuned' / 'best.pth'}", f"--data={pictures}")
+    assert again >= right
+    broken = tmp_path / "broken"
+    shutil.copytree(pictures / "val", broken)
+    (broken / "red" / "0.png").write_text("not an image")
+    assert accuracy(capsys, f"--checkpoint={tmp_path / 'tuned' / 'last.pth'}", f"--data={broken}")[1] == 20
+
+
+def test_other_classes_get_another_head(tuning, pictures, tmp_path, capsys):
+    finetune.main(tuning + ["--epochs=1"])
+    other = tmp_path / "other"
+    for split in ("train", "val"):
+        shutil.copytree(pictures / split, other / split)
+        shutil.move(other / split / "red", other / split / "violet")
+    fails(capsys, 1, "other classes", main=finetune.main, options=["--resume", f"--out={tmp_path / 'tuned'}", f"--data={other}", "--epochs=2"])
+    finetune.main([f"--checkpoint={tmp_path / 'tuned' / 'last.pth'}", f"--data={other}", f"--out={tmp_path / 'next'}", "--epochs=1",
+                   "--batch-size=10", "--workers=0", "--device=cpu"])
+    assert "the classifier has new head;" in capsys.readouterr().out
 
 
 def test_finetuning_resumes_exactly(tuning, tmp_path, monkeypatch, capsys):
@@ -1042,6 +1141,7 @@ def test_evaluation_among_some_of_the_classes(tuning, pictures, tmp_path, capsys
     torch.save({"model": checkpoint["model"]}, bare)
     options = [f"--checkpoint={bare}", "--heads=2", "--eval", f"--data={some}", "--device=cpu", "--workers=0"]
     fails(capsys, 1, "--class-names", main=finetune.main, options=options)
+    fails(capsys, 1, "no such folder", main=finetune.main, options=options + ["--class-names=/nonexistent"])
     assert accuracy(capsys, *options, f"--class-names={pictures / 'train'}")[:2] == (right, images)
     shutil.move(some / "red", some / "violet")
     fails(capsys, 1, "violet", main=finetune.main, options=[f"--checkpoint={tmp_path / 'tuned' / 'last.pth'}", "--eval", f"--data={some}"])
@@ -1077,7 +1177,9 @@ def test_linear_probe_trains_the_head_alone(tuning, tmp_path, capsys):
 def test_augmentation_is_the_recipe():
     torch.manual_seed(0)
     crop = finetune.Crop(16)
-    randaugment = crop.augment.transforms[2]
+    randaugment, mix = crop.augment.transforms[2], finetune.Augment(num_classes=4).mix
+    assert [(type(t).__name__, t.alpha) for t in mix.transforms] == [("MixUp", 0.8), ("CutMix", 1.0)] and mix.p == [0.5, 0.5]
+    assert randaugment.interpolation == v2.InterpolationMode.BILINEAR
     assert (randaugment.num_ops, randaugment.magnitude, randaugment.num_magnitude_bins) == (2, 27, 31)
     image = torch.full((3, 20, 20), 100, dtype=torch.uint8)
     boxes = torch.stack([crop(image)[1] for _ in range(800)])
@@ -1114,8 +1216,9 @@ def test_finetuning_defaults_follow_the_size(photos, tmp_path):
     base = finetune.recipe(args, 768)
     assert (base["epochs"], base["blr"], base["layer_decay"], base["drop_path"], base["min_lr"]) == (100, 5e-4, 0.65, 0.2, 1e-6)
     assert finetune.recipe(args, 192)["blr"] > base["blr"] and finetune.recipe(args, 384)["blr"] > base["blr"]
-    model, config = finetune.build(finetune.make_parser().parse_args(["--checkpoint=none"]), CPU, "none", 7)
-    assert config == dict(dim=192, depth=12, heads=3, patch_size=16, img_size=224, num_classes=7, cls_token=False, probe=False, class_names=None)
+    model, config = finetune.build(finetune.make_parser().parse_args(["--checkpoint=none"]), CPU, "none", list("abcdefg"))
+    assert config == dict(dim=192, depth=12, heads=3, patch_size=16, img_size=224, num_classes=7, cls_token=False, probe=False,
+                          class_names=list("abcdefg"))
     assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.2) and model.pos_embed.requires_grad
     rates = [block.drop_path.p for block in finetune.Classifier(24, 3, 2, drop_path=0.2).blocks]
     assert rates == pytest.approx([0, 0.1, 0.2])
@@ -1129,6 +1232,7 @@ NEW = ["--checkpoint=none", "--student=nano", "--patch-size=8", "--img-size=32"]
     (2, "patches", [*NEW, "--img-size=30"]),
     (2, "--warmup-epochs", [*NEW, "--warmup-epochs=3"]),
     (2, "--dim", ["--checkpoint={teacher}", "--dim=48"]),
+    (2, "--batch-size", [*NEW, "--freeze", "--batch-size=1"]),
     (1, "no such file", ["--checkpoint=missing.pth"]),
     (1, "--heads", ["--checkpoint={teacher}"]),
     (1, "no head", ["--checkpoint={teacher}", "--eval", "--heads=4"]),

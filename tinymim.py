@@ -152,6 +152,8 @@ class ViT(nn.Module):
 
         keep: (B, n) indices of the only patches each image shows, then there are 1+n tokens; None: all.
         """
+        if not 1 <= block <= self.depth:
+            raise ValueError(f"there are blocks 1 to {self.depth}, not {block}")
         x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]  # (B, N, dim)
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, self.dim))
@@ -231,7 +233,8 @@ def read_checkpoint(path):
     tensors = {str(name).removeprefix("module."): t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
     if "patch_embed.proj.weight" not in tensors:
         raise UserError(f"{path} holds no ViT under MAE's parameter names (there is no patch_embed.proj.weight)")
-    return tensors, checkpoint.get("config", {}), checkpoint
+    config = checkpoint.get("config")
+    return tensors, config if isinstance(config, dict) else {}, checkpoint
 
 
 def architecture(tensors, config, path, heads=None, option="--teacher-heads"):
@@ -242,9 +245,13 @@ def architecture(tensors, config, path, heads=None, option="--teacher-heads"):
     try:
         dim, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
         depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-        grid = math.isqrt(tensors["pos_embed"].shape[1] - 1)
+        _, tokens, _ = tensors["pos_embed"].shape
+        grid = math.isqrt(tokens - 1)
+        if grid**2 != tokens - 1:
+            raise ValueError
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{path} holds no ViT as MAE has it: pos_embed or blocks are missing or misshapen") from error
+        raise UserError(f"{path} holds no ViT as MAE has it: blocks, or pos_embed of a class token and a square of patches, are "
+                        f"missing or misshapen") from error
     heads = heads or config.get("heads") or HEADS.get(dim)
     if heads is None:
         raise UserError(f"{path}: how many attention heads has a ViT of width {dim}? Say so with {option}")
@@ -278,7 +285,7 @@ def load_teacher(name_or_path, img_size=None, heads=None, drop_path=0.0):
     try:
         teacher = ViT(**sizes | {"img_size": img_size or sizes["img_size"]}, drop_path=drop_path)
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}", code=2 if img_size or heads else 1) from error
     tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], teacher.img_size // teacher.patch_size)
     wanted = teacher.state_dict()
     for wrong, names in {
@@ -396,10 +403,12 @@ class TinyMIM(nn.Module):
         self.student, self.teacher, self.teacher_block = student, teacher, teacher_block
         self.relation_heads, self.relations = relation_heads, tuple(relations)
         self.targets, self.mask_ratio = tuple(targets), mask_ratio
+        patches = student.pos_embed.shape[1] - 1
+        visible = int(patches * (1 - mask_ratio))
+        if visible == 0 or ("pixel" in targets and visible == patches):
+            raise ValueError(f"a mask ratio of {mask_ratio} hides {patches - visible} of {patches} patches: too {'many' if visible == 0 else 'few'}")
         self.maps = nn.ModuleDict({name: nn.Linear(student.dim, teacher.dim) for name in ("feature", "cls") if name in targets})
         if "pixel" in targets:
-            if int(mask_ratio * (student.pos_embed.shape[1] - 1)) == 0:
-                raise ValueError(f"a mask ratio of {mask_ratio} leaves the pixel target no patch to predict")
             self.decoder = Decoder(student.dim, student.patch_size, student.img_size, *decoder)
         else:
             student.norm.requires_grad_(False)
@@ -456,6 +465,8 @@ def check_fit(student, teacher, teacher_block, relation_heads):
     """Raises ValueError if TinyMIM cannot match these networks. relation_heads: None if no relations are matched."""
     if not 1 <= teacher_block <= teacher.depth:
         raise ValueError(f"the teacher has blocks 1 to {teacher.depth}, not {teacher_block}")
+    if student.pos_embed.shape[1] <= 2:
+        raise ValueError("an image of a single patch has no relations: choose a larger img_size or a smaller patch_size")
     if student.pos_embed.shape[1] != teacher.pos_embed.shape[1]:
         raise ValueError(f"student and teacher must see the same patches: the student's {student.img_size} pixels in "
                          f"patches of {student.patch_size}, the teacher's {teacher.img_size} in {teacher.patch_size}")
@@ -481,7 +492,8 @@ def imagenette(root="data"):
             os.makedirs(root, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root) as partial:  # so that what is in `folder` is whole
                 Imagenette(partial, size="320px", download=True)
-                os.replace(os.path.join(partial, "imagenette2-320"), folder)
+                if not os.path.isdir(folder):  # another process may have been faster
+                    os.replace(os.path.join(partial, "imagenette2-320"), folder)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             raise UserError(f"cannot download Imagenette ({error}): name a folder of images with --data, or unpack "
                             f"{IMAGENETTE} in {root}/") from error
@@ -496,8 +508,13 @@ def find_images(folder):
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder of images")
     folder = os.path.join(folder, "train") if os.path.isdir(os.path.join(folder, "train")) else folder
-    paths = [os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True)
-             for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    paths, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(where) in seen:  # by a link
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        paths += [os.path.join(where, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
     if not paths:
         raise UserError(f"{folder}: there are no images in it ({', '.join(IMG_EXTENSIONS)})")
     return np.array(sorted(map(os.fsencode, paths)))
@@ -545,10 +562,10 @@ class ImageDataset(Dataset):
             item = self.transform(image)
         return (*item, broken) if self.labels is None else (*item, self.labels[index], broken)
 
-    def report(self, broken):
+    def report(self, broken, consequence="another image takes its place"):
         """Name the files of these indices that have not been named yet; returns how many indices there are."""
         for index in set(broken) - self.reported:
-            tqdm.write(f"cannot decode {os.fsdecode(self.paths[index])}: another image takes its place", sys.stderr)
+            tqdm.write(f"cannot decode {os.fsdecode(self.paths[index])}: {consequence}", sys.stderr)
         self.reported.update(broken)
         return len(broken)
 
@@ -634,7 +651,8 @@ def parameter_groups(module, weight_decay):
     ]
 
 
-Machine = collections.namedtuple("Machine", "device amp rank local_rank world")  # amp: autocast's dtype; world: processes
+# What --device, --amp, --compile, --fused and --workers come to here (amp: autocast's dtype), and torchrun's numbers.
+Machine = collections.namedtuple("Machine", "device amp compile fused workers rank local_rank world")
 
 
 def start(args):
@@ -655,8 +673,13 @@ def start(args):
         # an hour: the others wait while one process of each node downloads
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    amp = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return Machine(device, amp, rank, local_rank, world)
+    on_gpu = device.type == "cuda"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Machine(
+        device, {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp],
+        compile=on_gpu if args.compile is None else args.compile, fused=on_gpu if args.fused is None else args.fused,
+        workers=cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.workers is None else args.workers,
+        rank=rank, local_rank=local_rank, world=world)
 
 
 def once_per_node(machine, fetch):
@@ -675,13 +698,15 @@ def make_loader(dataset, args, machine):
         raise UserError(f"{len(dataset)} images are fewer than one batch of {args.batch_size} x --accum {args.accum} x "
                         f"{machine.world} processes: lower --batch-size")
     sampler = EpochSampler(dataset, machine.world, machine.rank, seed=args.seed, drop_last=True)
-    return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.workers, drop_last=True,
-                      pin_memory=machine.device.type == "cuda", persistent_workers=args.workers > 0, worker_init_fn=ignore_ctrl_c)
+    return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=machine.workers, drop_last=True,
+                      pin_memory=machine.device.type == "cuda", persistent_workers=machine.workers > 0, worker_init_fn=stop_quietly)
 
 
-def ignore_ctrl_c(worker):
-    """For worker processes: Ctrl-C reaches them too, but the training process ends them."""
+def stop_quietly(worker):
+    """For worker processes: when Ctrl-C or a scheduler's SIGTERM stops the run, the training process alone says so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    sys.excepthook = lambda kind, *rest: issubclass(kind, ConnectionError) or sys.__excepthook__(kind, *rest)
 
 
 def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, epoch, bar):
@@ -748,24 +773,25 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
             raise UserError(f"parameters are no longer finite after epoch {epoch}: try a lower --blr. {last} is the last good checkpoint")
         replace_file(path, lambda file: torch.save({
             "model": model.state_dict(), "config": config, "auxiliary": auxiliary, "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), "epoch": epoch, "rng": args.seed, "args": vars(args),
+            "scaler": scaler.state_dict(), "epoch": epoch, "best": top1, "rng": args.seed, "args": vars(args),
         }, file))
 
-    done, history = 0, []
+    done, history, top1 = 0, [], -1.0
     if args.resume:
         checkpoint = read_checkpoint(last)[2]
         model.load_state_dict(checkpoint["model"])
         objective.load_state_dict(checkpoint["auxiliary"], strict=False)  # what the losses need besides, such as a decoder
+        for group in checkpoint["optimizer"]["param_groups"]:
+            group["fused"] = optimizer.defaults["fused"]  # as suits this machine
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # it ran in fp16
             scaler.load_state_dict(checkpoint["scaler"])
-        done = checkpoint["epoch"]
-        if os.path.exists(log):
-            with open(log) as file:
-                history = [json.loads(line) for line in file][:done]  # a kill can leave it one epoch ahead
+        done, top1 = checkpoint["epoch"], checkpoint["best"]
+        with contextlib.suppress(OSError, ValueError), open(log) as file:
+            history = [json.loads(line) for line in file][:done]  # a kill can leave it one epoch ahead
     elif machine.rank == 0:
         save(last, 0)  # a full disk or a read-only folder shows now, and from now on there is always a last.pth
-    if args.compile:
+    if machine.compile:
         objective.compile()
     parallel = DistributedDataParallel(objective) if machine.world > 1 else objective
     images = len(loader) // args.accum * args.batch_size * args.accum * machine.world  # in an epoch
@@ -782,7 +808,8 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
                 lines = "".join(json.dumps(entry) + "\n" for entry in history)
                 replace_file(log, lambda file: file.write(lines.encode()))
-                if "top1" in record and record["top1"] > max([entry["top1"] for entry in history[:-1]], default=-1):
+                if record.get("top1", -1.0) > top1:
+                    top1 = record["top1"]
                     save(best, epoch + 1)
                 save(last, epoch + 1)
     if machine.world > 1:
@@ -873,7 +900,7 @@ def draw_relations(objective, photos, path, cell=112):
 def build(args, machine):
     """The objective that `args` describe, with a new student, and the student's config for its checkpoint."""
     teacher = None
-    if args.teacher:
+    if args.teacher is not None:
         teacher = once_per_node(machine, lambda: load_teacher(args.teacher, args.img_size, args.teacher_heads, args.teacher_drop_path))
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) or size for name, size in zip(("dim", "depth", "heads"), STUDENTS[args.student])}
@@ -904,10 +931,10 @@ def train(args):
     jitter = 0.4 if objective.teacher else 0.0  # MAE changes no colours
     loader = make_loader(ImageDataset(paths, CropAndJitter(student.img_size, jitter), args.seed), args, machine)
     views = TwoViews().to(machine.device)
-    if args.compile:
+    if machine.compile:
         views.compile()
     groups = parameter_groups(objective, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=args.fused or None)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=machine.fused or None)
     if machine.rank == 0:
         if machine.device.type == "cpu":
             print("no GPU: this is slow. For something that runs in minutes: python extras/demo.py")
@@ -931,7 +958,8 @@ def claim(args, machine):
     """See that args.out has no run, or with --resume one that stands still; returns an open file that keeps others out."""
     if machine.rank > 0:
         return None
-    if not args.resume and os.path.exists(os.path.join(args.out, "last.pth")):
+    last = os.path.join(args.out, "last.pth")
+    if not args.resume and os.path.exists(last) and read_checkpoint(last)[2].get("epoch", 1) > 0:
         raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts anew")
     try:
         os.makedirs(args.out, exist_ok=True)
@@ -944,13 +972,16 @@ def claim(args, machine):
         raise UserError(f"another process is at work in {args.out}: wait for it, or choose another --out") from error
     except OSError:
         pass  # a file system without locks
+    for name in os.listdir(args.out):
+        if name.endswith(".part"):  # of a run that was killed while it wrote
+            os.remove(os.path.join(args.out, name))
     return file
 
 
 def print_plan(args, machine, data):
     """One line: what is trained on, how and where."""
     batch = args.batch_size * args.accum * machine.world
-    precision = str(machine.amp).removeprefix("torch.") + (", compiled" if args.compile else "")
+    precision = str(machine.amp).removeprefix("torch.") + (", compiled" if machine.compile else "")
     print(f"{data}, {args.epochs} epochs in batches of {batch}, peak learning rate {args.blr * batch / 256:.3g}, "
           f"{machine.world} x {machine.device.type} in {precision}, results in {args.out}", flush=True)
 
@@ -963,7 +994,7 @@ def number(kind, low, below=math.inf):
     """An argparse type: an int or float (kind) from low to, and not including, below."""
     def parse(text):
         if not low <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not " + (f"{low} or more" if below == math.inf else f"in [{low}, {below})"))
+            raise argparse.ArgumentTypeError(f"{text} is not {low} or more" + ("" if below == math.inf else f", and less than {below}"))
         return kind(text)
     parse.__name__ = kind.__name__  # for argparse's own message about text that is no number
     return parse
@@ -990,11 +1021,11 @@ def training_options(parser, **defaults):
     add("--blr", type=number(float, 0), metavar="X",
         help=f"base learning rate: the peak is blr x batch size x accum x processes / 256; default: {defaults['blr']}")
     add("--min-lr", type=number(float, 0), metavar="X", help=f"where the cosine ends; default: {defaults['min_lr']}")
-    add("--weight-decay", type=number(float, 0), metavar="X", help="default: 0.05")
+    add("--weight-decay", type=number(float, 0), metavar="X", help=f"default: {defaults['weight_decay']}")
     add("--drop-path", type=number(float, 0, 1), metavar="P", help=f"default: {defaults['drop_path']}")
-    add("--seed", type=int, default=0, metavar="N", help="default: 0")
+    add("--seed", type=number(int, 0, 2**32), default=0, metavar="N", help="default: 0")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is a GPU, else cpu")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu")
     add("--workers", type=number(int, 0), metavar="N", help="processes that decode images, per process; default: one per core")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="mixed precision; auto: off on the CPU, bf16 on a GPU that has it, else fp16")
@@ -1010,7 +1041,7 @@ MAY_CHANGE = {"data", "epochs", "batch_size", "accum", "device", "workers", "com
 
 def command_line(parser, argv, complete, run):
     """run(args), with every error a person can mend as one line. complete(args) fills in defaults and names the run."""
-    args = parser.parse_args(argv)
+    args, out = parser.parse_args(argv), None
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does: KeyboardInterrupt
     try:
         name = complete(args)
@@ -1019,19 +1050,18 @@ def command_line(parser, argv, complete, run):
             args = continued(parser, argv, out)
             complete(args)
         args.out = out
-        on_gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
-        args.compile = on_gpu if args.compile is None else args.compile
-        args.fused = on_gpu if args.fused is None else args.fused
-        if args.workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            args.workers = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         run(args)
     except UserError as error:
         parser.exit(error.code, f"{parser.prog}: error: {error}\n")
     except torch.OutOfMemoryError:
         parser.exit(1, f"{parser.prog}: error: the GPU's memory is full: lower --batch-size, and raise --accum by as much\n")
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        parser.exit(1, f"{parser.prog}: error: torch.compile failed ({str(error).splitlines()[0]}): --no-compile does without\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped. What {out} holds is whole: --resume goes on from there\n")
+        whole = out and os.path.exists(os.path.join(out, "last.pth"))
+        parser.exit(130, f"\n{parser.prog}: stopped" + (f"; --resume --out {out} goes on after the last whole epoch" if whole else "") + "\n")
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -1044,6 +1074,8 @@ def continued(parser, argv, out):
     saved = read_checkpoint(last)[2].get("args")
     if not isinstance(saved, dict):
         raise UserError(f"{last} was not saved by this code: it cannot be resumed")
+    if saved.keys() != vars(parser.parse_args(argv)).keys():
+        raise UserError(f"the run in {out} is not one of this version of {parser.prog}: it cannot be resumed")
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for name in sorted(saved.keys() - MAY_CHANGE):
@@ -1086,14 +1118,15 @@ def make_parser():
     add("--data", default="imagenette", metavar="FOLDER",
         help="of images at any depth (its train/ if there is one); default: Imagenette, downloaded once to data/")
     training_options(parser, epochs="300, for MAE 800", warmup_epochs="a twentieth of --epochs", batch_size=256, blr=1.5e-4, min_lr=0,
-                     drop_path="0.1 for every block of the student, for MAE 0")
+                     weight_decay=0.05, drop_path="0.1 for every block of the student, for MAE 0")
     return parser
 
 
 def complete(args):
     """Fill in the published recipe (at batches of 4096 in all; the learning rate follows the batch), and name the run."""
+    args.target, args.relations = list(dict.fromkeys(args.target)), list(dict.fromkeys(args.relations))  # each once
     mae = args.target == ["pixel"]
-    if mae and args.teacher:
+    if mae and args.teacher is not None:
         raise UserError("--target pixel alone is MAE, which has no --teacher: drop one of the two", code=2)
     fill_in(args, dict(epochs=800 if mae else 300, batch_size=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05))
     fill_in(args, dict(warmup_epochs=args.epochs / 20, drop_path=0.0 if mae else 0.1, teacher=None if mae else "mae_base",

@@ -88,9 +88,12 @@ def main(argv=None):
     parser.add_argument("--ship", metavar="FILE", help="make the demo's teacher of a last.pth of tinymim.py, in float16, and stop")
     args = parser.parse_args(argv)
     if args.ship:
-        checkpoint = torch.load(args.ship, map_location="cpu", weights_only=True)
-        model = {name: tensor.half() for name, tensor in checkpoint["model"].items()}
-        return torch.save({"model": model, "config": checkpoint["config"]}, TEACHER)
+        try:
+            tensors, config, _ = tinymim.read_checkpoint(args.ship)
+            model = {name: tensor.half() for name, tensor in tensors.items()}
+            return tinymim.replace_file(TEACHER, lambda file: torch.save({"model": model, "config": config}, file))
+        except tinymim.UserError as error:
+            sys.exit(f"demo.py: error: {error}")
     if os.path.exists(os.path.join(args.out, "demo.png")) or os.path.exists(os.path.join(args.out, "seed0")):
         sys.exit(f"demo.py: error: {args.out} already holds a demo: delete it, or name another --out")
     began, data = time.time(), os.path.join(args.out, "pictures")
