@@ -337,14 +337,15 @@ def run_evaluation(args, machine, folder):
 def train(args):
     """Run what `args` (see make_parser) describe; leaves last.pth, best.pth, log.jsonl and augmented.png in args.out."""
     machine = tinymim.start(args)
+    tinymim.check_exists(args.checkpoint or os.path.join(args.out, "last.pth"), besides=["none", *tinymim.TEACHERS])
+    tinymim.check_exists(args.data, besides=["imagenette"])
+    if not args.eval:
+        lock = tinymim.claim(args, machine)  # noqa: F841, held as long as it is referred to
     folder = tinymim.once_per_node(machine, tinymim.imagenette) if args.data == "imagenette" else args.data
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder of images")
     if args.eval:
         return run_evaluation(args, machine, folder)
     if args.freeze and args.batch_size == 1:
         raise UserError("--freeze needs a --batch-size of 2 or more: its batch norm has nothing to normalise over in 1", code=2)
-    lock = tinymim.claim(args, machine)  # noqa: F841, held as long as it is referred to
     for name in ("train", "val"):
         if not os.path.isdir(os.path.join(folder, name)):
             raise UserError(f"{folder} has no folder {name}: it needs train/ and val/, with a folder of images for each class")
@@ -369,10 +370,10 @@ def train(args):
         draw_augmented(dataset, augment, os.path.join(args.out, "augmented.png"))
         print(f"layer decay {args.layer_decay}, drop path {args.drop_path}, {len(val_paths)} validation images")
         tinymim.print_plan(args, machine, f"{len(paths)} images of {len(classes)} classes in {folder}")
-    tinymim.fit(objective, model, config, augment, loader, optimizer, args, machine,
-                after_epoch=lambda: evaluate(model, val_loader, machine))
+    top1 = tinymim.fit(objective, model, config, augment, loader, optimizer, args, machine,
+                       after_epoch=lambda: evaluate(model, val_loader, machine))
     if machine.rank == 0:
-        print(f"done: the best of all epochs is in {os.path.join(args.out, 'best.pth')}")
+        print(f"done: top-1 {top1:.2f}% at best, in {os.path.join(args.out, 'best.pth')}; the last epoch is in last.pth beside it")
 
 
 def draw_augmented(dataset, augment, path, count=32):
@@ -394,10 +395,10 @@ def make_parser():
                                      formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110, max_help_position=28))
     add = parser.add_argument_group("start").add_argument
     add("--checkpoint", metavar="FILE|NAME|none",
-        help=f"last.pth of tinymim.py, an MAE checkpoint, one of {', '.join(tinymim.TEACHERS)}, or none: train from scratch")
+        help=f"required, but for --resume: last.pth of tinymim.py, an MAE checkpoint, one of {', '.join(tinymim.TEACHERS)}, or none: train from scratch")
     add("--cls-token", action="store_true", help="classify the class token instead of the mean of the patch tokens")
     add("--freeze", action="store_true", help="train the head alone (linear probe)")
-    tinymim.student_options(parser, of="the checkpoint")
+    tinymim.student_options(parser, of="the checkpoint", note="with --checkpoint none only; ")
     parser.set_defaults(student=None)
     add = parser.add_argument_group("data and evaluation").add_argument
     add("--data", default="imagenette", metavar="FOLDER",
@@ -413,15 +414,16 @@ def make_parser():
         parser, epochs="base 100, tiny and small 200, from scratch 300, --freeze 90", warmup_epochs="5, at most a twentieth of --epochs",
         batch_size=128, blr="base and from scratch 5e-4, tiny and small 1e-3, --freeze 0.1", min_lr="1e-6, --freeze 0",
         weight_decay="0.05, --freeze 0", drop_path="base 0.2, small and from scratch 0.1, tiny and --freeze 0")
-    parser.add_argument("--layer-decay", type=number(float, 0), metavar="X", help="the learning rate of a layer, over that of the one "
-                        "above; default: base 0.65, small 0.75, tiny 0.85, else 1")
+    parser.add_argument("--layer-decay", type=number(float, 0), metavar="X", help="each layer learns at X times the rate of the one "
+                        "above it; default: base 0.65, small 0.75, tiny 0.85, else 1")
     return parser
 
 
 def complete(args):
     """Name the run; the recipe is filled in when the size of the ViT is known."""
     if args.checkpoint is None and not (args.resume and args.out):
-        raise UserError("--checkpoint is missing: what to fine-tune or evaluate, or none to train from scratch", code=2)
+        raise UserError("--checkpoint is missing: what to fine-tune or evaluate, or none to train from scratch (--resume needs the "
+                        "--out of the run alone)", code=2)
     start = args.student or "tiny" if args.checkpoint in ("none", None) else tinymim.run_name(args.checkpoint)
     return f"{'scratch' if args.checkpoint == 'none' else 'probe' if args.freeze else 'finetune'}-{start}"
 

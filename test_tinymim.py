@@ -533,7 +533,7 @@ def test_a_run(command, tmp_path, capsys):
     student = tinymim.load_teacher(str(tmp_path / "run" / "last.pth"))  # a student is a valid teacher
     assert (student.heads, student.relation_heads) == (2, 4)
     out, err = capsys.readouterr()
-    assert "no GPU" in out and out.count("loss ") == 8 and "image/s" in err
+    assert out.count("loss ") == 8 and "image/s" in err
 
 
 def test_defaults_are_the_papers():
@@ -717,6 +717,19 @@ def test_full_disk_loses_nothing(tmp_path):
     assert torch.load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pth"]
 
 
+def test_without_a_gpu_it_says_what_is_quick(command, teacher_file, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    tinymim.main([option for option in command if option.split("=")[0] not in ("--dim", "--depth", "--heads")] + ["--epochs=1", "--depth=1"])
+    assert [line for line in capsys.readouterr().out.splitlines() if "no GPU" in line and "demo.py" in line]
+
+
+def test_a_fine_tuned_checkpoint_is_no_teacher(tmp_path):
+    torch.save(finetune.Classifier(24, 3, 2, 4, patch_size=8, img_size=32).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="fine-tuned"):
+        tinymim.load_teacher(str(tmp_path / "x.pth"), heads=2)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, capsys):
     fails(capsys, 1, "at step", "last good checkpoint is", options=command + ["--blr=1e30", "--warmup-epochs=0"])
     assert all(tensor.isfinite().all() for tensor in model_of(tmp_path / "run").values())
@@ -751,7 +764,7 @@ def test_a_run_is_never_overwritten(command, tmp_path, capsys):
     (1, "batch-size", ["--accum=100"]),
     (1, "no such file", ["--teacher=mae_bass"]),
     (1, "mae_large", ["--teacher=mae_bass"]),
-    (1, "no such folder", ["--data=/nonexistent"]),
+    (1, "no such file or folder", ["--data=/nonexistent"]),
     (1, "no run to go on with", ["--resume"]),
     (1, "no GPU", ["--device=cuda"]),
 ])
@@ -1237,7 +1250,7 @@ NEW = ["--checkpoint=none", "--student=nano", "--patch-size=8", "--img-size=32"]
     (1, "--heads", ["--checkpoint={teacher}"]),
     (1, "no head", ["--checkpoint={teacher}", "--eval", "--heads=4"]),
     (1, "batch-size", [*NEW, "--batch-size=100"]),
-    (1, "no such folder", [*NEW, "--data=/nonexistent"]),
+    (1, "no such file or folder", [*NEW, "--data=/nonexistent"]),
     (1, "no folder val", [*NEW, "--data={no_val}"]),
     (1, "differ: red", [*NEW, "--data={other}"]),
     (1, "yellow", [*NEW, "--data={empty}"]),

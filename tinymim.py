@@ -287,6 +287,8 @@ def load_teacher(name_or_path, img_size=None, heads=None, drop_path=0.0):
     except ValueError as error:
         raise UserError(f"{path}: {error}", code=2 if img_size or heads else 1) from error
     tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], teacher.img_size // teacher.patch_size)
+    if "fc_norm.weight" in tensors:
+        raise UserError(f"{path} is a fine-tuned classifier without the final norm: a teacher is what it was fine-tuned from")
     wanted = teacher.state_dict()
     for wrong, names in {
         "lacks": [name for name in wanted if name not in tensors],
@@ -761,7 +763,7 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
     """All epochs of a run, from the first or, with --resume, the one that follows last.pth; writes that and log.jsonl.
 
     objective, prepare: see train_epoch. model: the part of the objective that is the result, which config rebuilds.
-    after_epoch(): called in all processes, returns more for the log; the best "top1" in it is kept as best.pth.
+    after_epoch(): called in all processes, returns more for the log; the best "top1" in it is kept as best.pth, and returned.
     """
     last, best, log = (os.path.join(args.out, name) for name in ("last.pth", "best.pth", "log.jsonl"))
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
@@ -787,6 +789,8 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
         if checkpoint["scaler"]:  # it ran in fp16
             scaler.load_state_dict(checkpoint["scaler"])
         done, top1 = checkpoint["epoch"], checkpoint["best"]
+        if machine.rank == 0:
+            print(f"going on after epoch {done}" if done < args.epochs else f"all {done} epochs are done: for more, raise --epochs")
         with contextlib.suppress(OSError, ValueError), open(log) as file:
             history = [json.loads(line) for line in file][:done]  # a kill can leave it one epoch ahead
     elif machine.rank == 0:
@@ -796,7 +800,7 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
     parallel = DistributedDataParallel(objective) if machine.world > 1 else objective
     images = len(loader) // args.accum * args.batch_size * args.accum * machine.world  # in an epoch
     # one bar for the whole run, which counts images: so it shows images/s and the time that remains
-    with tqdm(total=args.epochs * images, initial=done * images, unit="image", unit_scale=True, smoothing=0.1,
+    with tqdm(total=max(done, args.epochs) * images, initial=done * images, unit="image", unit_scale=True, smoothing=0.1,
               disable=machine.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
         for epoch in range(done, args.epochs):
             began = time.perf_counter()
@@ -813,7 +817,9 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
                     save(best, epoch + 1)
                 save(last, epoch + 1)
     if machine.world > 1:
+        del parallel  # first: it could hang as the last to hold gloo's process group
         dist.destroy_process_group()
+    return top1
 
 
 def replace_file(path, write):
@@ -892,7 +898,7 @@ def draw_relations(objective, photos, path, cell=112):
                 cells.append(torch.cat([3 * heat, 3 * heat - 1, 3 * heat - 2]).clamp(0, 1))  # black, red, yellow, white
     picture = F.pad(make_grid(cells, nrow=1 + len(maps), pad_value=1.0), (0, 0, 14, 0), value=1.0)
     picture = v2.functional.to_pil_image(picture)
-    for i, title in enumerate(["photo", *maps]):
+    for i, title in enumerate(["image", *maps]):
         ImageDraw.Draw(picture).text((4 + i * (cell + 2), 2), title, fill="black")
     replace_file(path, lambda file: picture.save(file, "PNG"))
 
@@ -922,6 +928,7 @@ def build(args, machine):
 def train(args):
     """Run what `args` (see make_parser) describe, and leave last.pth, log.jsonl and relations.png in args.out."""
     machine = start(args)
+    check_exists(args.data, besides=["imagenette"])
     lock = claim(args, machine)  # noqa: F841, held as long as it is referred to
     objective, config = build(args, machine)
     student, block = objective.student, objective.teacher_block
@@ -936,11 +943,11 @@ def train(args):
     groups = parameter_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=machine.fused or None)
     if machine.rank == 0:
-        if machine.device.type == "cpu":
+        if machine.device.type == "cpu" and student.dim >= STUDENTS["tiny"][0]:
             print("no GPU: this is slow. For something that runs in minutes: python extras/demo.py")
         what = " + ".join(args.target).replace("relation", f"relation {'/'.join(args.relations)} in {objective.relation_heads} heads")
         what += f" of block {block} of {objective.teacher.depth} of {args.teacher}" if args.teacher else ""
-        print(f"student {student.dim} wide, {student.depth} deep, {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters: "
+        print(f"{'student' if objective.teacher else 'MAE'} {student.dim} wide, {student.depth} deep, {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters: "
               f"{what}, {args.mask_ratio:.0%} of the patches masked")
         print_plan(args, machine, f"{len(paths)} images in {folder}")
 
@@ -951,16 +958,23 @@ def train(args):
 
     fit(objective, student, config, views, loader, optimizer, args, machine, after_epoch)
     if machine.rank == 0:
-        print(f"done: the student is in {os.path.join(args.out, 'last.pth')}")
+        last = os.path.join(args.out, "last.pth")
+        print(f"done: {last}. Next: python finetune.py --checkpoint {last}, or tinymim.py --teacher {last}")
+
+
+def check_exists(path, besides):
+    """Before anything is downloaded or written: a misspelt path is an error."""
+    if path not in besides and not os.path.exists(path):
+        raise UserError(f"{path}: no such file or folder, nor one of {', '.join(besides)}")
 
 
 def claim(args, machine):
     """See that args.out has no run, or with --resume one that stands still; returns an open file that keeps others out."""
-    if machine.rank > 0:
-        return None
     last = os.path.join(args.out, "last.pth")
     if not args.resume and os.path.exists(last) and read_checkpoint(last)[2].get("epoch", 1) > 0:
         raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts anew")
+    if machine.rank > 0:
+        return None
     try:
         os.makedirs(args.out, exist_ok=True)
         file = open(os.path.join(args.out, ".lock"), "w")
@@ -1000,10 +1014,10 @@ def number(kind, low, below=math.inf):
     return parse
 
 
-def student_options(parser, of):
-    """The options that give the sizes of a new student. `of`: in words, whose patches and images it takes by default."""
+def student_options(parser, of, note=""):
+    """The options that give the sizes of a new student. of: in words, whose patches and images it takes by default."""
     add = parser.add_argument_group("student").add_argument
-    add("--student", choices=STUDENTS, default="tiny", help="default: tiny")
+    add("--student", choices=STUDENTS, default="tiny", help=f"{note}default: tiny")
     for size in ("dim", "depth", "heads"):
         add(f"--{size}", type=number(int, 1), metavar="N", help="instead of the named student's")
     add("--patch-size", type=number(int, 1), metavar="N", help=f"in pixels; default: that of {of}, or 16")
@@ -1097,7 +1111,7 @@ def fill_in(args, recipe):
 def make_parser():
     parser = argparse.ArgumentParser(prog="tinymim.py", description="Distil a small ViT from a large one pre-trained by MAE.",
                                      formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110, max_help_position=28))
-    student_options(parser, of="the teacher")
+    student_options(parser, of="the teacher", note="or, with --target pixel alone, what MAE trains; ")
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", metavar="NAME|FILE",
         help=f"{', '.join(TEACHERS)} (downloaded once), or a checkpoint; default: mae_base, none for MAE")
@@ -1110,7 +1124,7 @@ def make_parser():
         help="relation, feature, cls, pixel: their losses are summed; pixel alone is MAE; default: relation")
     add("--relations", nargs="+", choices=[a + b for a in "qkv" for b in "qkv"], default=["qq", "kk", "vv"], metavar="PAIR",
         help="of q, k, v; default: qq kk vv. The authors' published numbers: qk vv")
-    add("--relation-heads", type=number(int, 1), metavar="N", help="default: those of the teacher's own relations, or its heads")
+    add("--relation-heads", type=number(int, 1), metavar="N", help="default: those the teacher was itself distilled with, else its attention heads")
     add("--mask-ratio", type=number(float, 0, 1), metavar="P", help="of patches hidden from both; default: 0, with pixel 0.75")
     add("--decoder", nargs=3, type=number(int, 1), default=[512, 8, 16], metavar="N",
         help="width, depth and heads of the pixel target's decoder; default: 512 8 16")

@@ -46,9 +46,12 @@ def compare(out, data, seed):
     """One seed: distil, fine-tune, and train from scratch; the top-1 of each after every epoch, {name: [percent]}."""
     labelled, same = os.path.join(data, "labelled"), ["--seed", str(seed), "--device", "cpu"]
     student = os.path.join(out, "distilled")
+    print(f"\n1/3 (seed {seed}) Distil a student from {os.path.relpath(TEACHER)} on {PICTURES} pictures without labels.", flush=True)
     tinymim.main([*DISTIL.split(), *same, "--teacher", TEACHER, "--data", os.path.join(data, "unlabelled"), "--out", student])
     curves = {}
-    for name, start in STARTS.items():
+    for step, (name, start) in enumerate(STARTS.items()):
+        what = "the distilled student" if name == "distilled" else "the same network from scratch"
+        print(f"\n{step + 2}/3 (seed {seed}) Fine-tune {what} on {LABELLED} labelled pictures.", flush=True)
         folder = os.path.join(out, "finetune-" + name)
         start = [word.format(student=os.path.join(student, "last.pth")) for word in start.split()]
         finetune.main([*start, *TUNE.split(), *same, "--data", labelled, "--out", folder])
@@ -73,6 +76,7 @@ def chart(results, width, height=260):
         draw.text((left - 30, point(1, percent)[1] - 6), f"{percent}%", fill="black")
     for epoch in range(1, epochs + 1):
         draw.text((point(epoch, 0)[0] - 4, bottom + 6), str(epoch), fill="black")
+    draw.text((right + 8, bottom + 6), "epoch", fill="black")
     draw.text((left, 8), f"right answers on {VALIDATION} new pictures, after each epoch of fine-tuning on {LABELLED} labelled ones", fill="black")
     for name, colour in (("distilled", "#1f77b4"), ("scratch", "#ff7f0e")):
         for curves in results:
@@ -105,11 +109,13 @@ def main(argv=None):
 
     relations = Image.open(os.path.join(args.out, "seed0", "distilled", "relations.png"))
     curves = chart(results, relations.width)
-    picture = Image.new("RGB", (relations.width, curves.height + relations.height), "white")
+    picture = Image.new("RGB", (relations.width, curves.height + 24 + relations.height), "white")
     picture.paste(curves, (0, 0))
-    picture.paste(relations, (0, curves.height))
+    caption = "which patches the red patch relates to, from black (little) to white (much), in the teacher and in the distilled student:"
+    ImageDraw.Draw(picture).text((4, curves.height), caption, fill="black")
+    picture.paste(relations, (0, curves.height + 24))
     picture.save(os.path.join(args.out, "demo.png"))
-    print(f"\n| student | top-1 on new pictures, {args.seeds} seed{'s' * (args.seeds > 1)} |\n|---|---|")
+    print(f"\nAfter the last epoch (chance is {100 / len(shapes.SHAPES):.0f}%):\n\n| student | top-1 on new pictures, {args.seeds} seed{'s' * (args.seeds > 1)} |\n|---|---|")
     for name in ("scratch", "distilled"):
         last = [curves[name][-1] for curves in results]
         deviation = f" ± {statistics.stdev(last):.1f}" if len(last) > 1 else ""

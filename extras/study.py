@@ -197,7 +197,7 @@ def main(argv=None):
     add("--rows", nargs="+", choices=rows, metavar="NAME", help="only these of " + ", ".join(rows))
     for name, value in FULL.items():
         add("--" + name.replace("_", "-"), type=int, metavar="N", help=f"default: {value}")
-    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is a GPU, else cpu")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu")
     add("--smallest", action="store_true",
         help=f"only try that all works: networks a quarter as wide, {FEW} images of each class, one epoch, one seed")
     parser.set_defaults(**SMALLEST if parser.parse_args(argv).smallest else FULL)
