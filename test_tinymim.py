@@ -265,14 +265,20 @@ def test_teacher_stays_frozen_and_in_eval_mode():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_objective_is_the_same():
-    """In one graph, with drop path."""
+@pytest.mark.parametrize("targets", [["relation"], ["relation", "feature", "cls", "pixel"]])
+def test_compiled_objective_is_the_same(targets):
+    """In one graph, with drop path, and the two views in another."""
     torch.manual_seed(0)
-    objective = tinymim.TinyMIM(ViT(**SMALL, drop_path=0.1), ViT(**WIDER).requires_grad_(False), 3, 4).eval()
-    images = torch.randn(2, 3, 32, 32)
-    expected = objective(images, images)
+    networks = ViT(**SMALL, drop_path=0.1), ViT(**WIDER).requires_grad_(False)
+    objective = tinymim.TinyMIM(*networks, 3, 4, targets=targets, mask_ratio=0.5 * ("pixel" in targets), decoder=(16, 1, 2)).eval()
+    views, crops, jitter = tinymim.TwoViews(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), torch.tensor([[[0, 1, 2], [1.2, 0.9, 0.7]]] * 2)
+    images, noise = views(crops, jitter), torch.rand(2, 16)
+    expected = objective(*images, noise)
     objective.compile(fullgraph=True)
-    same(objective(images, images), expected)
+    views.compile(fullgraph=True)
+    torch.testing.assert_close(views(crops, jitter)[0], images[0])
+    same(objective(*images, noise), expected)
+    images = images[0]
     losses = objective.train()(images, images)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())

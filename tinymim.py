@@ -445,7 +445,7 @@ class TinyMIM(nn.Module):
         if "relation" in self.targets:
             with torch.no_grad():
                 teacher_qkv = teacher_last.qkv(teacher_tokens)
-            losses |= relation_loss(student_last.qkv(student_tokens), teacher_qkv, self.relation_heads, self.relations)
+            losses.update(relation_loss(student_last.qkv(student_tokens), teacher_qkv, self.relation_heads, self.relations))
         if self.targets == ("relation",):
             return losses
 
