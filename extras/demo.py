@@ -76,7 +76,7 @@ def chart(results, width, height=260):
         draw.text((left - 30, point(1, percent)[1] - 6), f"{percent}%", fill="black")
     for epoch in range(1, epochs + 1):
         draw.text((point(epoch, 0)[0] - 4, bottom + 6), str(epoch), fill="black")
-    draw.text((right + 8, bottom + 6), "epoch", fill="black")
+    draw.text((right + 24, bottom + 6), "epoch", fill="black")
     draw.text((left, 8), f"right answers on {VALIDATION} new pictures, after each epoch of fine-tuning on {LABELLED} labelled ones", fill="black")
     for name, colour in (("distilled", "#1f77b4"), ("scratch", "#ff7f0e")):
         for curves in results:
