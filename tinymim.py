@@ -708,7 +708,7 @@ def stop_quietly(worker):
     """For worker processes: when Ctrl-C or a scheduler's SIGTERM stops the run, the training process alone says so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    sys.excepthook = lambda kind, *rest: issubclass(kind, ConnectionError) or sys.__excepthook__(kind, *rest)
+    sys.excepthook = lambda *_: None  # for the thread that hands batches over; errors in making them travel with the batch
 
 
 def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, epoch, bar):
