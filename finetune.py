@@ -78,7 +78,8 @@ def load_weights(model, tensors, path):
 def build(args, machine, path, classes=None):
     """The classifier that a checkpoint is (classes None) or starts, or a new one (path "none"), and its config.
 
-    classes: names of what it is to tell apart; a head for others is left out of the checkpoint. Fills in args with the recipe for its size. Raises UserError.
+    classes: names of what it is to tell apart; a head for others is left out of the checkpoint. Fills in args with the recipe for
+    its size. Raises UserError.
     """
     if path == "none":
         tensors, config = {}, {}
@@ -307,7 +308,8 @@ def choose_columns(model_classes, folder_classes, num_classes, folder):
         raise UserError(f"--class-names gives {len(model_classes)} classes, the model has {num_classes}")
     unknown = [name for name in folder_classes if name not in model_classes]
     if unknown:
-        raise UserError(f"{folder} has the class {unknown[0]}{f' and {len(unknown) - 1} more' if unknown[1:] else ''} that the model does not")
+        more = f" and {len(unknown) - 1} more" if unknown[1:] else ""
+        raise UserError(f"{folder} has the class {unknown[0]}{more} that the model does not")
     return None if folder_classes == model_classes else [model_classes.index(name) for name in folder_classes]
 
 
@@ -395,7 +397,8 @@ def make_parser():
                                      formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110, max_help_position=28))
     add = parser.add_argument_group("start").add_argument
     add("--checkpoint", metavar="FILE|NAME|none",
-        help=f"required, but for --resume: last.pth of tinymim.py, an MAE checkpoint, one of {', '.join(tinymim.TEACHERS)}, or none: train from scratch")
+        help=f"required, but for --resume: last.pth of tinymim.py, an MAE checkpoint, one of {', '.join(tinymim.TEACHERS)}, or none: "
+        "train from scratch")
     add("--cls-token", action="store_true", help="classify the class token instead of the mean of the patch tokens")
     add("--freeze", action="store_true", help="train the head alone (linear probe)")
     tinymim.student_options(parser, of="the checkpoint", note="with --checkpoint none only; ")

@@ -408,7 +408,8 @@ class TinyMIM(nn.Module):
         patches = student.pos_embed.shape[1] - 1
         visible = int(patches * (1 - mask_ratio))
         if visible == 0 or ("pixel" in targets and visible == patches):
-            raise ValueError(f"a mask ratio of {mask_ratio} hides {patches - visible} of {patches} patches: too {'many' if visible == 0 else 'few'}")
+            amount = "many" if visible == 0 else "few"
+            raise ValueError(f"a mask ratio of {mask_ratio} hides {patches - visible} of {patches} patches: too {amount}")
         self.maps = nn.ModuleDict({name: nn.Linear(student.dim, teacher.dim) for name in ("feature", "cls") if name in targets})
         if "pixel" in targets:
             self.decoder = Decoder(student.dim, student.patch_size, student.img_size, *decoder)
@@ -947,8 +948,9 @@ def train(args):
             print("no GPU: this is slow. For something that runs in minutes: python extras/demo.py")
         what = " + ".join(args.target).replace("relation", f"relation {'/'.join(args.relations)} in {objective.relation_heads} heads")
         what += f" of block {block} of {objective.teacher.depth} of {args.teacher}" if args.teacher else ""
-        print(f"{'student' if objective.teacher else 'MAE'} {student.dim} wide, {student.depth} deep, {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters: "
-              f"{what}, {args.mask_ratio:.0%} of the patches masked")
+        size = sum(p.numel() for p in student.parameters()) / 1e6
+        print(f"{'student' if objective.teacher else 'MAE'} {student.dim} wide, {student.depth} deep, {size:.2f} M parameters: {what}, "
+              f"{args.mask_ratio:.0%} of the patches masked")
         print_plan(args, machine, f"{len(paths)} images in {folder}")
 
     def after_epoch():
@@ -1075,7 +1077,8 @@ def command_line(parser, argv, complete, run):
         parser.exit(1, f"{parser.prog}: error: torch.compile failed ({str(error).splitlines()[0]}): --no-compile does without\n")
     except KeyboardInterrupt:
         whole = out and os.path.exists(os.path.join(out, "last.pth"))
-        parser.exit(130, f"\n{parser.prog}: stopped" + (f"; --resume --out {out} goes on after the last whole epoch" if whole else "") + "\n")
+        hint = f"; --resume --out {out} goes on after the last whole epoch" if whole else ""
+        parser.exit(130, f"\n{parser.prog}: stopped{hint}\n")
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -1124,7 +1127,8 @@ def make_parser():
         help="relation, feature, cls, pixel: their losses are summed; pixel alone is MAE; default: relation")
     add("--relations", nargs="+", choices=[a + b for a in "qkv" for b in "qkv"], default=["qq", "kk", "vv"], metavar="PAIR",
         help="of q, k, v; default: qq kk vv. The authors' published numbers: qk vv")
-    add("--relation-heads", type=number(int, 1), metavar="N", help="default: those the teacher was itself distilled with, else its attention heads")
+    add("--relation-heads", type=number(int, 1), metavar="N",
+        help="default: those the teacher was itself distilled with, else its attention heads")
     add("--mask-ratio", type=number(float, 0, 1), metavar="P", help="of patches hidden from both; default: 0, with pixel 0.75")
     add("--decoder", nargs=3, type=number(int, 1), default=[512, 8, 16], metavar="N",
         help="width, depth and heads of the pixel target's decoder; default: 512 8 16")

@@ -77,7 +77,8 @@ def chart(results, width, height=260):
     for epoch in range(1, epochs + 1):
         draw.text((point(epoch, 0)[0] - 4, bottom + 6), str(epoch), fill="black")
     draw.text((right + 24, bottom + 6), "epoch", fill="black")
-    draw.text((left, 8), f"right answers on {VALIDATION} new pictures, after each epoch of fine-tuning on {LABELLED} labelled ones", fill="black")
+    title = f"right answers on {VALIDATION} new pictures, after each epoch of fine-tuning on {LABELLED} labelled ones"
+    draw.text((left, 8), title, fill="black")
     for name, colour in (("distilled", "#1f77b4"), ("scratch", "#ff7f0e")):
         for curves in results:
             draw.line([point(i + 1, percent) for i, percent in enumerate(curves[name])], fill=colour, width=3)
@@ -115,7 +116,8 @@ def main(argv=None):
     ImageDraw.Draw(picture).text((4, curves.height), caption, fill="black")
     picture.paste(relations, (0, curves.height + 24))
     picture.save(os.path.join(args.out, "demo.png"))
-    print(f"\nAfter the last epoch (chance is {100 / len(shapes.SHAPES):.0f}%):\n\n| student | top-1 on new pictures, {args.seeds} seed{'s' * (args.seeds > 1)} |\n|---|---|")
+    print(f"\nAfter the last epoch (chance is {100 / len(shapes.SHAPES):.0f}%):\n")
+    print(f"| student | top-1 on new pictures, {args.seeds} seed{'s' * (args.seeds > 1)} |\n|---|---|")
     for name in ("scratch", "distilled"):
         last = [curves[name][-1] for curves in results]
         deviation = f" ± {statistics.stdev(last):.1f}" if len(last) > 1 else ""
