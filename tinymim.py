@@ -712,6 +712,15 @@ def stop_quietly(worker):
     sys.excepthook = lambda *_: None  # for the thread that hands batches over; errors in making them travel with the batch
 
 
+interrupted = []  # filled by a signal, for Python ignores exceptions that a signal raises in the wrong place, as in a __del__
+
+
+def interrupt(*_):
+    """What Ctrl-C and a scheduler's SIGTERM do: KeyboardInterrupt, at the latest before the next update."""
+    interrupted.append(True)
+    raise KeyboardInterrupt
+
+
 def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, epoch, bar):
     """One epoch of updates; returns the mean of each loss over it and over all processes, {name: float}. `epoch` is from 0.
 
@@ -727,6 +736,8 @@ def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, ep
     torch.manual_seed(hash((args.seed, epoch, machine.rank)))  # drop path and masks: an epoch is the same after --resume
     objective.train()
     for update in range(updates):
+        if interrupted:
+            raise KeyboardInterrupt
         lr = learning_rate(epoch + update / updates, args.blr * global_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -1058,7 +1069,11 @@ MAY_CHANGE = {"data", "epochs", "batch_size", "accum", "device", "workers", "com
 def command_line(parser, argv, complete, run):
     """run(args), with every error a person can mend as one line. complete(args) fills in defaults and names the run."""
     args, out = parser.parse_args(argv), None
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does: KeyboardInterrupt
+    interrupted.clear()
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    for kind, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # nohup and scripts start background jobs deaf to Ctrl-C
+            signal.signal(kind, interrupt)
     try:
         name = complete(args)
         out = args.out or os.path.join("runs", name)
@@ -1080,7 +1095,8 @@ def command_line(parser, argv, complete, run):
         hint = f"; --resume --out {out} goes on after the last whole epoch" if whole else ""
         parser.exit(130, f"\n{parser.prog}: stopped{hint}\n")
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
 
 
 def continued(parser, argv, out):
