@@ -31,6 +31,7 @@ import tinymim
 from tinymim import UserError, ViT, relation, relation_loss
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script may have started pytest deaf to Ctrl-C, and so its children
 PAIRS = [a + b for a in "qkv" for b in "qkv"]
 
 
