@@ -339,7 +339,8 @@ def run_evaluation(args, machine, folder):
 def train(args):
     """Run what `args` (see make_parser) describe; leaves last.pth, best.pth, log.jsonl and augmented.png in args.out."""
     machine = tinymim.start(args)
-    tinymim.check_exists(args.checkpoint or os.path.join(args.out, "last.pth"), besides=["none", *tinymim.TEACHERS])
+    beginning = os.path.join(args.out, "last.pth") if args.resume else args.checkpoint
+    tinymim.check_exists(beginning, besides=["none", *tinymim.TEACHERS])
     tinymim.check_exists(args.data, besides=["imagenette"])
     if not args.eval:
         lock = tinymim.claim(args, machine)  # noqa: F841, held as long as it is referred to
@@ -357,7 +358,7 @@ def train(args):
         odd = sorted(set(classes) ^ set(val_classes))[0]
         raise UserError(f"the classes in {folder}/train and {folder}/val differ: {odd} is only in one of them")
 
-    model, config = build(args, machine, os.path.join(args.out, "last.pth") if args.resume else args.checkpoint, classes)
+    model, config = build(args, machine, beginning, classes)
     dataset = ImageDataset(paths, Crop(model.img_size, args.crop_scale, plain=args.augment == "crop"), args.seed, labels)
     loader = tinymim.make_loader(dataset, args, machine)
     val_loader = make_eval_loader(val_paths, val_labels, model.img_size, args, machine)
