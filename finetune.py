@@ -277,6 +277,7 @@ def evaluate(model, loader, machine, columns=None):
     normalize, amp = Normalize().to(machine.device), machine.amp
     sums = torch.zeros(4, dtype=torch.float64, device=machine.device)
     for crops, labels, undecoded in loader:
+        tinymim.stop_if_asked()
         if loader.dataset.report(undecoded[undecoded >= 0].tolist(), "it is not counted"):
             crops, labels = crops[undecoded < 0], labels[undecoded < 0]
         crops, labels = (x.to(machine.device, non_blocking=True) for x in (crops, labels))

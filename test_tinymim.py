@@ -690,7 +690,7 @@ def test_half_precision_with_gradient_scaling_resumes_exactly(command, tmp_path)
     assert math.isfinite(finite)
     train_epoch, patch = tinymim.train_epoch, pytest.MonkeyPatch()
     with patch.context() as during:
-        during.setattr(tinymim, "train_epoch", lambda *args: signal.raise_signal(signal.SIGINT) if args[7] else train_epoch(*args))
+        during.setattr(tinymim, "train_epoch", lambda *args: args[7] and signal.raise_signal(signal.SIGINT) or train_epoch(*args))
         with pytest.raises(SystemExit):
             tinymim.main(command)
     tinymim.main(command + ["--resume", "--fused"])
@@ -971,7 +971,7 @@ def test_resuming_mae_is_exact(command, tmp_path, monkeypatch):
     command += ["--target", "relation", "feature", "pixel", "--decoder", "16", "1", "2", "--epochs=2"]
     tinymim.main(command + [f"--out={tmp_path / 'whole'}"])
     train_epoch = tinymim.train_epoch
-    monkeypatch.setattr(tinymim, "train_epoch", lambda *args: signal.raise_signal(signal.SIGINT) if args[7] else train_epoch(*args))
+    monkeypatch.setattr(tinymim, "train_epoch", lambda *args: args[7] and signal.raise_signal(signal.SIGINT) or train_epoch(*args))
     with pytest.raises(SystemExit):
         tinymim.main(command)
     monkeypatch.setattr(tinymim, "train_epoch", train_epoch)

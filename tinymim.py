@@ -712,13 +712,20 @@ def stop_quietly(worker):
     sys.excepthook = lambda *_: None  # for the thread that hands batches over; errors in making them travel with the batch
 
 
-interrupted = []  # filled by a signal, for Python ignores exceptions that a signal raises in the wrong place, as in a __del__
+stop = {"asked": False, "can wait": False}
 
 
 def interrupt(*_):
-    """What Ctrl-C and a scheduler's SIGTERM do: KeyboardInterrupt, at the latest before the next update."""
-    interrupted.append(True)
-    raise KeyboardInterrupt
+    """What Ctrl-C and a scheduler's SIGTERM do: in training they wait for the end of an update, for an exception in the midst
+    of PyTorch's own code can abort the process. Before training, and the second time, they raise KeyboardInterrupt at once."""
+    if stop["asked"] or not stop["can wait"]:
+        raise KeyboardInterrupt
+    stop["asked"] = True
+
+
+def stop_if_asked():
+    if stop["asked"]:
+        raise KeyboardInterrupt
 
 
 def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, epoch, bar):
@@ -736,8 +743,7 @@ def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, ep
     torch.manual_seed(hash((args.seed, epoch, machine.rank)))  # drop path and masks: an epoch is the same after --resume
     objective.train()
     for update in range(updates):
-        if interrupted:
-            raise KeyboardInterrupt
+        stop_if_asked()
         lr = learning_rate(epoch + update / updates, args.blr * global_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -811,6 +817,7 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
         objective.compile()
     parallel = DistributedDataParallel(objective) if machine.world > 1 else objective
     images = len(loader) // args.accum * args.batch_size * args.accum * machine.world  # in an epoch
+    stop["can wait"] = True
     # one bar for the whole run, which counts images: so it shows images/s and the time that remains
     with tqdm(total=max(done, args.epochs) * images, initial=done * images, unit="image", unit_scale=True, smoothing=0.1,
               disable=machine.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
@@ -1069,7 +1076,7 @@ MAY_CHANGE = {"data", "epochs", "batch_size", "accum", "device", "workers", "com
 def command_line(parser, argv, complete, run):
     """run(args), with every error a person can mend as one line. complete(args) fills in defaults and names the run."""
     args, out = parser.parse_args(argv), None
-    interrupted.clear()
+    stop.update({"asked": False, "can wait": False})
     handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     for kind, handler in handlers.items():
         if handler != signal.SIG_IGN:  # nohup and scripts start background jobs deaf to Ctrl-C
@@ -1084,19 +1091,30 @@ def command_line(parser, argv, complete, run):
         run(args)
     except UserError as error:
         parser.exit(error.code, f"{parser.prog}: error: {error}\n")
-    except torch.OutOfMemoryError:
-        parser.exit(1, f"{parser.prog}: error: the GPU's memory is full: lower --batch-size, and raise --accum by as much\n")
-    except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, KeyboardInterrupt) or stop["asked"]:  # a process that stops breaks the others' communication
+            whole = out and os.path.exists(os.path.join(out, "last.pth"))
+            hint = f"; --resume --out {out} goes on after the last whole epoch" if whole else ""
+            parser.exit(130, f"\n{parser.prog}: stopped{hint}\n")
+        if not advice(error):
             raise
-        parser.exit(1, f"{parser.prog}: error: torch.compile failed ({str(error).splitlines()[0]}): --no-compile does without\n")
-    except KeyboardInterrupt:
-        whole = out and os.path.exists(os.path.join(out, "last.pth"))
-        hint = f"; --resume --out {out} goes on after the last whole epoch" if whole else ""
-        parser.exit(130, f"\n{parser.prog}: stopped{hint}\n")
+        parser.exit(1, f"{parser.prog}: error: {advice(error)}\n")
     finally:
         for kind, handler in handlers.items():
             signal.signal(kind, handler)
+
+
+def advice(error):
+    """What to do about a RuntimeError that comes from this machine's limits; None for any other."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: lower --batch-size, and raise --accum by as much"
+    if "can't allocate memory" in text:
+        return "the memory is full: lower --batch-size, and raise --accum by as much, or lower --workers"
+    if text.startswith("DataLoader worker"):
+        return f"a process that decodes images died ({text.splitlines()[0]}): for lack of memory, lower --workers"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({text.splitlines()[0]}): --no-compile does without"
 
 
 def continued(parser, argv, out):
