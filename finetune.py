@@ -14,8 +14,9 @@ with pre-training, the ViT, the data and the training loop, is imported from tin
     6. Command line       python finetune.py --help
 """
 
-import argparse
 import os
+
+import tinymim  # the first: it says what is not installed
 
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, RandomErasing, v2
 from torchvision.utils import save_image
 
-import tinymim
 from tinymim import STUDENTS, ImageDataset, Normalize, UserError, ViT, number
 
 # ------------------------------------------------------------------------------------------------------------
@@ -395,8 +395,7 @@ def draw_augmented(dataset, augment, path, count=32):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(prog="finetune.py", description="Fine-tune a ViT checkpoint as a classifier, and evaluate it.",
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110, max_help_position=28))
+    parser = tinymim.Parser("finetune.py", "Fine-tune a ViT checkpoint as a classifier, and evaluate it.")
     add = parser.add_argument_group("start").add_argument
     add("--checkpoint", metavar="FILE|NAME|none",
         help=f"required, but for --resume: last.pth of tinymim.py, an MAE checkpoint, one of {', '.join(tinymim.TEACHERS)}, or none: "

@@ -5,11 +5,15 @@ formula fills (`fill`), so that anyone can compute them again.
 """
 
 import argparse
+import ast
+import doctest
 import hashlib
 import http.server
+import inspect
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -31,6 +35,7 @@ import tinymim
 from tinymim import UserError, ViT, relation, relation_loss
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.join(HERE, "extras"))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script may have started pytest deaf to Ctrl-C, and so its children
 PAIRS = [a + b for a in "qkv" for b in "qkv"]
 
@@ -789,6 +794,29 @@ def test_data_errors(command, tmp_path, capsys):
     fails(capsys, 1, "cannot", str(tmp_path / "file"), options=command + [f"--out={tmp_path / 'file' / 'run'}"])
 
 
+def test_a_python_or_a_package_that_does_not_do(tmp_path):
+    """One line instead of a traceback, from each script."""
+    code = "import sys; sys.version_info = (3, 9); sys.argv = ['x']; import runpy; runpy.run_path(sys.path[0] + '/tinymim.py')"
+    old = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {HERE!r}); {code}"], capture_output=True, text=True)
+    assert old.returncode == 1 and len(old.stderr.splitlines()) == 1 and "3.10 or newer" in old.stderr
+    for script in ("tinymim.py", "finetune.py", "extras/demo.py", "extras/study.py", "extras/benchmark.py"):
+        bare = subprocess.run([sys.executable, "-S", "-E", os.path.join(HERE, script)], capture_output=True, text=True)  # no site-packages
+        assert bare.returncode == 1 and len(bare.stderr.splitlines()) == 1 and "pip install -r requirements.txt" in bare.stderr, bare.stderr
+
+
+def test_memory_that_does_not_suffice(command, tmp_path, capsys, monkeypatch):
+    """On the CPU, on a GPU, and in a worker process that the system kills: each names the option to lower."""
+    def on_a_gpu(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    for allocate in (on_a_gpu, lambda *_: torch.empty(2**60, dtype=torch.uint8)):
+        monkeypatch.setattr(tinymim, "train_epoch", allocate)
+        fails(capsys, 1, "memory is full", "lower --batch-size", "--accum", options=command)
+    monkeypatch.undo()
+    monkeypatch.setattr(tinymim.CropAndJitter, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    fails(capsys, 1, "died", "lower --workers", options=command)
+
+
 def test_no_network(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
@@ -1279,21 +1307,135 @@ def test_finetuning_errors(teacher_file, pictures, tmp_path, capsys, code, says,
 
 
 # ------------------------------------------------------------------------------------------------------------
-# README.md and extras/.
+# README.md, extras/, and what people copy.
 
 
-def test_readme_commands_are_understood():
-    """Every command line of the README that calls one of the two scripts has options that exist."""
-    text = open(os.path.join(HERE, "README.md")).read().replace("\\\n", " ")
-    commands = [line.split(" #")[0].split() for line in text.splitlines() if line.startswith(("python ", "torchrun ", "    python "))]
+SOURCE, README = (open(os.path.join(HERE, name)).read() for name in ("tinymim.py", "README.md"))
+IMPORTS, *SECTIONS = re.split(r"^# -{20,}\n", SOURCE, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_section_pasted_alone_runs_its_example(number):
+    """Each section of tinymim.py with the imports, but nothing else of it, in a file of its own."""
+    section, examples = SECTIONS[number - 1], doctest.DocTestRunner()
+    assert section.startswith(f"# {number}. ")
+    pasted = {"__name__": "pasted"}
+    exec(compile(IMPORTS + section, f"section {number}", "exec"), pasted)
+    for node in ast.walk(ast.parse(section)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            examples.run(doctest.DocTestParser().get_doctest(ast.get_docstring(node), pasted, node.name, None, 0))
+    assert examples.summarize().attempted > 0 and examples.summarize().failed == 0
+
+
+def test_relation_loss_copied_alone():
+    """The two functions and three imports are all it takes."""
+    copied = {}
+    exec("import math, torch\nimport torch.nn.functional as F\n" + inspect.getsource(relation) + inspect.getsource(relation_loss), copied)
+    student, teacher = random_qkv(24), random_qkv(48, seed=1)
+    same(copied["relation_loss"](student, teacher, 4), relation_loss(student, teacher, 4), **EXACT)
+
+
+def readme_commands():
+    """The README's command lines, as lists of words."""
+    lines = README.replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].split() for line in lines if re.match(r" *(python|torchrun) ", line)]
+
+
+def test_readme_commands_run(photos, pictures, tmp_path, monkeypatch):
+    """Every command line of the README that calls one of the two scripts, in its order, on small networks and few images."""
+    monkeypatch.chdir(tmp_path)
+    teacher = tmp_path / "teacher.pth"
+    torch.save({"model": ViT(**WIDER).state_dict()}, teacher)
+    published = teacher.as_uri(), hashlib.md5(teacher.read_bytes()).hexdigest()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(tinymim, "TEACHERS", dict.fromkeys(tinymim.TEACHERS, published))
+    monkeypatch.setitem(tinymim.HEADS, 48, 4)
+    classifier = finetune.Classifier(**SMALL, num_classes=3)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "mae_finetuned_vit_base.pth")
+    monkeypatch.setitem(tinymim.HEADS, 24, 2)
+    quick = ["--epochs=1", "--batch-size=6", "--accum=1", "--workers=0", "--device=cpu"]
     seen = {"tinymim.py": 0, "finetune.py": 0}
-    for words in commands:
-        for script, module in (("tinymim.py", tinymim), ("finetune.py", finetune)):
-            if script in words:
-                args = module.make_parser().parse_args(words[words.index(script) + 1:])
-                module.complete(args)
-                seen[script] += 1
-    assert seen["tinymim.py"] >= 8 and seen["finetune.py"] >= 4
+    for words in readme_commands():
+        script = next((word for word in words if word in seen), None)
+        if script is None:
+            continue
+        options, module = words[words.index(script) + 1:] + quick, tinymim if script == "tinymim.py" else finetune
+        if script == "tinymim.py":
+            options += ["--dim=24", "--depth=3", "--heads=2", f"--data={photos}"]
+            options += ["--img-size=32", "--patch-size=8"] if "pixel" in options and "--img-size" not in options else []
+        else:
+            options += [f"--data={pictures}"] + ([f"--class-names={pictures / 'val'}"] if "--class-names" in options else [])
+        args = module.make_parser().parse_args(options)
+        if not (args.resume or script == "finetune.py" and args.eval):
+            shutil.rmtree(args.out or os.path.join("runs", module.complete(args)), ignore_errors=True)  # commands may share it
+        module.main(options)
+        seen[script] += 1
+    assert seen["tinymim.py"] >= 12 and seen["finetune.py"] >= 9
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    """Each Python snippet, in a namespace of its own; those of the method are lines of the code."""
+    pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(zip(("dim", "depth", "heads"), tinymim.STUDENTS["tiny"]))
+    for folder, model in (("tiny-mae_base", ViT(**sizes)), ("finetune-tiny-mae_base", finetune.Classifier(**sizes, num_classes=10))):
+        os.makedirs(os.path.join("runs", folder))
+        torch.save({"model": model.state_dict(), "config": sizes | {"num_classes": 10}},
+                   os.path.join("runs", folder, "best.pth" if folder.startswith("fine") else "last.pth"))
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    quoted = [code for code in snippets if "import " not in code]
+    assert len(quoted) == 2 and all(code.split("  #")[0].strip() in SOURCE for code in quoted)
+    for code in snippets:
+        assert len(code.splitlines()) <= 11
+        if code not in quoted:
+            exec(code, {})
+    assert len(snippets) - len(quoted) == 4
+
+
+def test_readme_points_at_the_right_lines():
+    """[`name`](file#L12): the name is in that line."""
+    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(links) >= 25 and len(links) == README.count(".py#L")
+    for name, file, line in links:
+        lines = open(os.path.join(HERE, file)).read().splitlines()
+        name = name.split(".")[-1]
+        found = [i + 1 for i, text in enumerate(lines) if name in text]
+        assert int(line) in found, f"{name} is in lines {found} of {file}, not in {line}"
+
+
+def test_readme_pictures_are_there_and_small():
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert len(pictures) >= 4
+    for picture in pictures:
+        assert 0 < os.path.getsize(os.path.join(HERE, picture)) < 300_000
+
+
+def test_usual_way_of_the_benchmark_is_the_same_training(photos):
+    """What tinymim.py is compared with makes the same losses of the same networks."""
+    import benchmark
+
+    student, teacher, images = ViT(**SMALL), ViT(**WIDER), torch.rand(2, 2, 3, 32, 32)
+    usual = benchmark.Usual(student, teacher, 3, 4)(*images)
+    for module in [*student.modules(), *teacher.modules()]:
+        if isinstance(module, benchmark.UsualAttention):
+            module.__class__ = tinymim.Attention
+    same(usual, tinymim.TinyMIM(student, teacher, 3, 4)(*images))
+    views = benchmark.UsualDataset(tinymim.find_images(photos), 32)[0, 3]
+    assert [tuple(x.shape) for x in views[:2]] == [(3, 32, 32)] * 2 and views[0].dtype == torch.float32 and views[2] == -1
+
+
+def test_benchmark_runs(photos, tmp_path):
+    """All of it, at the smallest sizes: what it measures is there and positive."""
+    words = ["--student=nano", "--relation-heads=8", "--img-size=32", "--batch-size=2", "--repeats=1", "--pictures=64", "--steps=2"]
+    done = subprocess.run([sys.executable, os.path.join(HERE, "extras", "benchmark.py"), *words, f"--data={photos}", "--device=cpu",
+                           "--workers=1", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [row["variant"] for row in result["step"]] == ["usual, float32", "tinymim.py, float32", "tinymim.py, bfloat16"]
+    assert all(value > 0 for table in ("pipeline", "step") for row in result[table] for value in row.values() if not isinstance(value, str))
+    assert all(entry["per second"] > 0 for entry in result["ceilings"].values()) and len(result["ceilings"]) == 3
+    assert all(0 <= row["waiting for data, %"] < 100 and row["images/s"] > 0 for row in result["end to end"])
+    assert 0 < result["GFLOP per image"]["teacher"] < result["GFLOP per image"]["step"]
 
 
 def test_the_demos_teacher(tmp_path):

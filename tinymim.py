@@ -19,8 +19,10 @@ import collections
 import contextlib
 import datetime
 import fcntl
+import gc
 import hashlib
 import http.client
+import importlib.util
 import json
 import math
 import os
@@ -29,6 +31,14 @@ import signal
 import sys
 import tempfile
 import time
+
+if sys.version_info < (3, 10):
+    sys.exit(f"this is Python {sys.version.split()[0]}, and TinyMIM needs 3.10 or newer")
+for package in ("numpy", "torch", "torchvision", "tqdm"):
+    if not importlib.util.find_spec(package):
+        sys.exit(f"{package} is not installed here: {sys.executable} -m pip install -r requirements.txt")
+if __name__ == "__main__":
+    gc.disable()  # until the options are read: importing PyTorch leaves no garbage, and --help comes a second sooner
 
 import numpy as np
 import torch
@@ -125,6 +135,9 @@ class ViT(nn.Module):
     dim, depth, heads: width, number of blocks, attention heads. patch_size, img_size: in pixels; an image has
     N = (img_size / patch_size)² patches. drop_path: one rate for all blocks, or a list with a rate for each.
     Raises ValueError for sizes that do not divide.
+
+    >>> ViT(*STUDENTS["tiny"])(torch.randn(2, 3, 224, 224)).shape
+    torch.Size([2, 197, 192])
     """
 
     def __init__(self, dim, depth, heads, patch_size=16, img_size=224, drop_path=0.0):
@@ -259,7 +272,11 @@ def architecture(tensors, config, path, heads=None, option="--teacher-heads"):
 
 
 def resize_pos_embed(pos_embed, grid):
-    """Position embeddings (1, 1 + g², dim) for grid x grid patches (1, 1 + grid², dim), bicubic as in MAE."""
+    """Position embeddings (1, 1 + g², dim) for grid x grid patches (1, 1 + grid², dim), bicubic as in MAE.
+
+    >>> resize_pos_embed(torch.zeros(1, 1 + 14**2, 192), grid=24).shape
+    torch.Size([1, 577, 192])
+    """
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
     side = math.isqrt(patches.shape[1])
     if side == grid:
@@ -324,6 +341,10 @@ def relation_loss(student_qkv, teacher_qkv, heads, pairs=("qq", "kk", "vv")):
     student_qkv, teacher_qkv: queries, keys, values of one block, (B, N, D) each; D may differ between the two networks,
     B and N may not. heads: relation heads, must divide both D. pairs: of the letters q, k, v.
     Returns {pair: scalar}. The teacher gets no gradient.
+
+    >>> student_qkv, teacher_qkv = [torch.randn(2, 197, 192) for _ in "qkv"], [torch.randn(2, 197, 768) for _ in "qkv"]
+    >>> relation_loss(student_qkv, teacher_qkv, heads=12).keys()
+    dict_keys(['qq', 'kk', 'vv'])
     """
     student, teacher = dict(zip("qkv", student_qkv)), dict(zip("qkv", teacher_qkv))
     losses = {}
@@ -601,6 +622,9 @@ def color_jitter(images, jitter):
 
     images: (B, 3, H, W) in [0, 1]. jitter: (B, 2, 3), see CropAndJitter. All three changes blend the image with
     another: brightness with black, contrast with its mean gray, saturation with its gray version.
+
+    >>> color_jitter(torch.full((1, 3, 4, 4), 0.5), torch.tensor([[[0.0, 1.0, 2.0], [1.2, 1.0, 1.0]]])).unique()
+    tensor([0.6000])
     """
     for step in range(3):
         change, factor = jitter[:, :, step, None, None, None].unbind(1)  # (B, 1, 1, 1) each
@@ -638,7 +662,11 @@ class TwoViews(nn.Module):
 # 5. Training.
 
 def learning_rate(epoch, peak, warmup_epochs, epochs, floor=0.0):
-    """Linear warm-up from 0 to `peak`, then half a cosine to `floor`. `epoch` counts from 0, with a fraction."""
+    """Linear warm-up from 0 to `peak`, then half a cosine to `floor`. `epoch` counts from 0, with a fraction.
+
+    >>> [learning_rate(epoch, peak=1.0, warmup_epochs=2, epochs=10) for epoch in (0, 1, 2, 6, 10)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
@@ -1024,6 +1052,16 @@ def print_plan(args, machine, data):
 # 6. Command line.
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without repeating all options."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog, description=description, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110, max_help_position=28))
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def number(kind, low, below=math.inf):
     """An argparse type: an int or float (kind) from low to, and not including, below."""
     def parse(text):
@@ -1076,6 +1114,7 @@ MAY_CHANGE = {"data", "epochs", "batch_size", "accum", "device", "workers", "com
 def command_line(parser, argv, complete, run):
     """run(args), with every error a person can mend as one line. complete(args) fills in defaults and names the run."""
     args, out = parser.parse_args(argv), None
+    gc.enable()
     stop.update({"asked": False, "can wait": False})
     handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     for kind, handler in handlers.items():
@@ -1146,8 +1185,7 @@ def fill_in(args, recipe):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(prog="tinymim.py", description="Distil a small ViT from a large one pre-trained by MAE.",
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110, max_help_position=28))
+    parser = Parser("tinymim.py", "Distil a small ViT from a large one pre-trained by MAE.")
     student_options(parser, of="the teacher", note="or, with --target pixel alone, what MAE trains; ")
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", metavar="NAME|FILE",
@@ -1188,7 +1226,11 @@ def complete(args):
 
 
 def run_name(path):
-    """What to call a checkpoint: a teacher's name, a file's, or for our last.pth that of its folder."""
+    """What to call a checkpoint: a teacher's name, a file's, or for our last.pth that of its folder.
+
+    >>> run_name("mae_base"), run_name("/models/my_mae.pth"), run_name("runs/tiny-mae_base/last.pth")
+    ('mae_base', 'my_mae', 'tiny-mae_base')
+    """
     stem = os.path.splitext(os.path.basename(path))[0]
     return os.path.basename(os.path.dirname(os.path.abspath(path))) if stem in ("last", "best") else stem
 

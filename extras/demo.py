@@ -7,21 +7,21 @@ tinymim.py and finetune.py on them: a student is distilled from the unlabelled p
 ones; another starts the same fine-tuning from scratch. Prints a table and writes demo.png.
 """
 
-import argparse
 import json
 import os
 import statistics
 import sys
 import time
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import tinymim  # the first: it says what is not installed
+
 import torch
 from PIL import Image, ImageDraw
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 import finetune
 import shapes
-import tinymim
 
 TEACHER = os.path.join(ROOT, "assets", "shapes_teacher.pth")
 PICTURES, LABELLED, VALIDATION = 12000, 2000, 1000  # how many pictures of all ten shapes together
@@ -87,7 +87,7 @@ def chart(results, width, height=260):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="demo.py", description="Distil, fine-tune and compare with scratch, in minutes on a CPU.")
+    parser = tinymim.Parser("demo.py", "Distil, fine-tune and compare with scratch, in minutes on a CPU.")
     parser.add_argument("--seeds", type=tinymim.number(int, 1), default=1, metavar="N", help="repeat all with N seeds; default: 1")
     parser.add_argument("--out", default=os.path.join("runs", "demo"), metavar="FOLDER", help="default: runs/demo")
     parser.add_argument("--ship", metavar="FILE", help="make the demo's teacher of a last.pth of tinymim.py, in float16, and stop")

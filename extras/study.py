@@ -9,18 +9,18 @@ network share it. A stop costs no more than the epoch at hand: finished students
 done goes on in its folder. At the end a Markdown table is printed.
 """
 
-import argparse
 import json
 import os
 import statistics
 import sys
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import tinymim  # the first: it says what is not installed
+
 import torch
 from torchvision.datasets.folder import is_image_file
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import finetune
-import tinymim
 
 NETWORKS = {"teacher": (192, 12, 8), "assistant": (128, 12, 8), "student": (64, 12, 4)}  # width, depth, heads
 TEACHERS = {"teacher": "--target pixel", "assistant": ""}  # how they are pre-trained themselves
@@ -189,8 +189,7 @@ def study(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="study.py", formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110),
-                                     description="The paper's questions at small scale. --epochs: of distillation.")
+    parser = tinymim.Parser("study.py", "The paper's questions at small scale. --epochs: of distillation.")
     add, rows = parser.add_argument, [row for _, row, _, _ in TABLE]
     add("--data", required=True, metavar="FOLDER", help="with train/ and val/, a folder of images for each class in both")
     add("--out", metavar="FOLDER", help="for all results; default: runs/study, with --smallest runs/study-smallest")
