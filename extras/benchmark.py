@@ -50,7 +50,7 @@ LOOP = dict(accum=1, seed=0, blr=1e-6, min_lr=0.0, warmup_epochs=0, epochs=10**6
 
 
 class UsualDataset(tinymim.ImageDataset):
-    """Item (epoch, i): the student's and the teacher's view of image i, float (3, H, W) each, and -1."""
+    """Item (epoch, i): the student's and the teacher's view of image i, float (3, H, W) each, and -1, or i if it is broken."""
 
     def __init__(self, paths, img_size):
         super().__init__(paths, transform=None)
@@ -61,9 +61,13 @@ class UsualDataset(tinymim.ImageDataset):
         self.jitter = v2.ColorJitter(0.4, 0.4, 0.4)
 
     def __getitem__(self, key):
-        with Image.open(os.fsdecode(self.paths[key[1]])) as file:
-            crop = self.crop(file.convert("RGB"))
-        return self.clean(self.jitter(crop)), self.clean(crop), -1
+        try:
+            with Image.open(os.fsdecode(self.paths[key[1]])) as file:
+                image, broken = file.convert("RGB"), -1
+        except OSError:
+            image, broken = Image.new("RGB", (500, 375)), key[1]
+        crop = self.crop(image)
+        return self.clean(self.jitter(crop)), self.clean(crop), broken
 
 
 class Views(nn.Module):
