@@ -116,6 +116,9 @@ def build(args, machine, path, classes=None):
         strange = [name for name in left_out if name.startswith("blocks.")]
         if strange:
             raise UserError(f"{path} is no plain ViT, it also has {strange[0]}")
+        lacking = [name for name in new if name.startswith(("blocks.", "patch_embed.", "cls_token"))]
+        if lacking:
+            raise UserError(f"{path} is not whole, it lacks {lacking[0]}")
         if not classes and new:
             raise UserError(f"{path} lacks {groups_of(new)}: it cannot be evaluated")
         if machine.rank == 0 and (new or left_out):
@@ -212,13 +215,18 @@ RECIPES = {
 
 
 def recipe(args, dim):
-    """The defaults for a ViT of width `dim`: those of the largest published size that is no wider."""
-    size = "freeze" if args.freeze else "none" if args.checkpoint == "none" else "base" if dim >= 768 else "small" if dim >= 384 else "tiny"
+    """The defaults for a ViT of width `dim`: those of the largest published size that is no wider, or of tiny."""
+    if args.freeze:
+        size = "freeze"
+    elif args.checkpoint == "none":
+        size = "none"
+    else:
+        size = "base" if dim >= 768 else "small" if dim >= 384 else "tiny"
     return dict(batch_size=128, weight_decay=0.05, min_lr=1e-6, augment="recipe") | RECIPES[size]
 
 
 def parameter_groups(model, weight_decay, layer_decay):
-    """AdamW's groups, with `lr_scale`: layer_decay to the power of the layers above, counting the head; 1 for the head itself.
+    """The optimizer's groups, with `lr_scale`: layer_decay to the power of the layers above, counting the head; 1 for the head itself.
 
     Biases, norms, the class token and the position embeddings are not decayed.
     """
@@ -268,7 +276,7 @@ def evaluate(model, loader, machine, columns=None):
     """Over all processes: {"top1", "top5": percent, "val_loss": mean cross-entropy, "right": how many, "images": of how many}.
 
     columns: the model's outputs for the labels 0, 1, ..., where these are not all its classes: it chooses among them. Files
-    that cannot be decoded are named, and not counted.
+    that cannot be decoded are named, and not counted. Leaves the model in eval mode. Raises UserError if none can be decoded.
     """
     model.eval()
     if machine.world > 1:
@@ -280,6 +288,8 @@ def evaluate(model, loader, machine, columns=None):
         tinymim.stop_if_asked()
         if loader.dataset.report(undecoded[undecoded >= 0].tolist(), "it is not counted"):
             crops, labels = crops[undecoded < 0], labels[undecoded < 0]
+            if not len(crops):
+                continue
         crops, labels = (x.to(machine.device, non_blocking=True) for x in (crops, labels))
         with torch.autocast(machine.device.type, amp, enabled=amp != torch.float32):
             logits = model(normalize(crops / 255)).float()
@@ -315,7 +325,9 @@ def choose_columns(model_classes, folder_classes, num_classes, folder):
 
 
 def run_evaluation(args, machine, folder):
-    """--eval: the accuracy of a checkpoint on folder/val if there is one, else on the class folders in `folder`."""
+    """--eval: print the accuracy of a checkpoint on folder/val if there is one, else on the class folders in `folder`.
+
+    Raises UserError."""
     folder = os.path.join(folder, "val") if os.path.isdir(os.path.join(folder, "val")) else folder
     model, config = build(args, machine, args.checkpoint)
     paths, labels, classes = read_folder(folder)
@@ -411,8 +423,9 @@ def make_parser():
         help="recipe: MixUp, CutMix, RandAugment, random erasing, label smoothing; crop: random crops and flips only, for a "
         "linear probe, or few images or epochs; default: recipe, with --freeze crop")
     add("--crop-scale", type=number(float, 0, 1.001), default=0.08, metavar="P", help="the least area of a random crop; default: 0.08")
-    add("--eval", action="store_true", help="only measure a fine-tuned --checkpoint, on --data FOLDER's val/ if it has one, else on FOLDER; "
-        "if that has only some of the model's classes, among those")
+    add("--eval", action="store_true",
+        help="only measure a fine-tuned --checkpoint, on --data FOLDER's val/ if it has one, else on FOLDER; if that has only some of the "
+        "model's classes, among those")
     add("--class-names", metavar="FOLDER", help="where a checkpoint does not tell its classes: a folder that has one for each")
     tinymim.training_options(
         parser, epochs="base 100, tiny and small 200, from scratch 300, --freeze 90", warmup_epochs="5, at most a twentieth of --epochs",
@@ -428,7 +441,7 @@ def complete(args):
     if args.checkpoint is None and not (args.resume and args.out):
         raise UserError("--checkpoint is missing: what to fine-tune or evaluate, or none to train from scratch (--resume needs the "
                         "--out of the run alone)", code=2)
-    start = args.student or "tiny" if args.checkpoint in ("none", None) else tinymim.run_name(args.checkpoint)
+    start = tinymim.run_name(args.checkpoint) if args.checkpoint not in ("none", None) else args.student or "tiny"
     return f"{'scratch' if args.checkpoint == 'none' else 'probe' if args.freeze else 'finetune'}-{start}"
 
 

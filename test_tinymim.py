@@ -207,6 +207,26 @@ def test_relation_loss_is_the_formula():
         assert losses[a + b].item() == pytest.approx(total / (2 * heads * 5), abs=1e-12)
 
 
+def test_what_relation_loss_and_the_objective_do_not_take():
+    heads_apart = [torch.randn(2, 4, 5, 6) for _ in "qkv"]
+    with pytest.raises(ValueError, match="heads joined"):
+        relation_loss(heads_apart, heads_apart, 4)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        tinymim.TinyMIM(ViT(**SMALL))
+
+
+def test_defaults_of_the_objective():
+    """The last block of a teacher as deep, else that at 3/4; its heads, or those it was distilled with; and it is frozen."""
+    student, teacher = ViT(**SMALL), ViT(**SMALL | dict(dim=48, depth=8, heads=4))
+    objective = tinymim.TinyMIM(student, teacher)
+    assert (objective.teacher_block, objective.relation_heads) == (6, 4)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    teacher = ViT(**SMALL | dict(dim=48, heads=4))
+    teacher.relation_heads = 3
+    objective = tinymim.TinyMIM(student, teacher)
+    assert (objective.teacher_block, objective.relation_heads) == (3, 3)
+
+
 def test_student_equal_to_teacher_has_no_loss():
     student = tuple(x.requires_grad_() for x in random_qkv(12, seed=3))
     loss = sum(relation_loss(student, student, 3, PAIRS).values())
@@ -538,7 +558,7 @@ def test_a_run(command, tmp_path, capsys):
     assert [record["epoch"] for record in log] == list(range(1, 9)) and log[-1]["loss"] < 0.9 * log[0]["loss"]
     assert all(record["loss"] == pytest.approx(record["qq"] + record["kk"] + record["vv"], rel=1e-5) for record in log)
     assert sorted(os.listdir(tmp_path / "run")) == [".lock", "last.pth", "log.jsonl", "relations.png"]
-    assert Image.open(tmp_path / "run" / "relations.png").size == (2 + 7 * 114, 16 + 6 * 114)
+    assert Image.open(tmp_path / "run" / "relations.png").size == (2 + 7 * 114, 16 + 4 * 114)
     checkpoint = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
     assert set(checkpoint) == {"model", "config", "optimizer", "scaler", "epoch", "rng", "args", "auxiliary", "best"}
     assert checkpoint["config"] == SMALL | {"relation_heads": 4} and checkpoint["epoch"] == 8

@@ -146,6 +146,7 @@ class ViT(nn.Module):
             raise ValueError(f"an image of {img_size} pixels does not divide into patches of {patch_size}")
         self.dim, self.depth, self.heads, self.patch_size, self.img_size = dim, depth, heads, patch_size, img_size
         self.drop_path = drop_path
+        # a Sequential of one: so the parameters are called patch_embed.proj
         self.patch_embed = nn.Sequential(collections.OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, img_size // patch_size), requires_grad=False)
@@ -156,14 +157,15 @@ class ViT(nn.Module):
 
     @staticmethod
     def init_weights(module):
+        """MAE's: Xavier uniform weights and no biases."""
         if isinstance(module, (nn.Linear, nn.Conv2d)):  # the patch embedding is a linear map of a flat patch
             nn.init.xavier_uniform_(module.weight.data.flatten(1))
             nn.init.zeros_(module.bias)
 
     def tokens_entering(self, block, images, keep=None):
-        """The tokens (B, 1+N, dim) that enter block `block`, counted from 1, for images (B, 3, H, W).
+        """The tokens (B, 1+N, dim) that enter block `block`, counted from 1, for images (B, 3, img_size, img_size).
 
-        keep: (B, n) indices of the only patches each image shows, then there are 1+n tokens; None: all.
+        keep: (B, n), the indices of the patches that each image keeps; the result then has 1+n tokens. None keeps all.
         """
         if not 1 <= block <= self.depth:
             raise ValueError(f"there are blocks 1 to {self.depth}, not {block}")
@@ -181,7 +183,7 @@ class ViT(nn.Module):
         return self.blocks[block - 1].qkv(self.tokens_entering(block, images))
 
     def forward(self, images):
-        """Images (B, 3, H, W) to normalised tokens (B, 1+N, dim), the class token first."""
+        """Images (B, 3, img_size, img_size) to normalised tokens (B, 1+N, dim), the class token first."""
         return self.norm(self.blocks[-1](self.tokens_entering(self.depth, images)))
 
 
@@ -223,6 +225,7 @@ def download(url, md5):
 
 
 def begins_with_md5(path, digits):
+    """Whether the file is not empty and the md5 of what is in it begins with these digits."""
     return os.path.getsize(path) > 0 and hashlib.md5(np.memmap(path, mode="r")).hexdigest().startswith(digits)
 
 
@@ -329,24 +332,26 @@ def relation(a, b, heads):
     a, b: two of a block's queries, keys and values, (B, N, D), split into `heads` relation heads, which must divide D.
     Returns log-probabilities (B, heads, N, N), in float32 or better: softmax().log() would underflow to -inf.
     """
+    if a.ndim != 3:
+        raise ValueError(f"queries, keys and values are (B, N, D), with attention heads joined, not {tuple(a.shape)}")
     with torch.autocast(a.device.type, enabled=False):
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
         a, b = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (a, b))  # (B, heads, N, D/heads)
-        return F.log_softmax(a / math.sqrt(a.shape[-1]) @ b.transpose(2, 3), dim=-1)
+        return F.log_softmax(a @ b.transpose(2, 3) / math.sqrt(a.shape[-1]), dim=-1)
 
 
 def relation_loss(student_qkv, teacher_qkv, heads, pairs=("qq", "kk", "vv")):
     """KL(teacher's relation || student's), the mean over images, heads and rows, for each pair.
 
     student_qkv, teacher_qkv: queries, keys, values of one block, (B, N, D) each; D may differ between the two networks,
-    B and N may not. heads: relation heads, must divide both D. pairs: of the letters q, k, v.
-    Returns {pair: scalar}. The teacher gets no gradient.
+    B and N may not. heads: into how many relation heads both D are split, whatever the networks' attention heads. pairs: of
+    the letters q, k, v. Returns {pair: scalar}. The teacher gets no gradient. Takes memory for some (B, heads, N, N) a pair.
 
     >>> student_qkv, teacher_qkv = [torch.randn(2, 197, 192) for _ in "qkv"], [torch.randn(2, 197, 768) for _ in "qkv"]
     >>> relation_loss(student_qkv, teacher_qkv, heads=12).keys()
     dict_keys(['qq', 'kk', 'vv'])
     """
-    student, teacher = dict(zip("qkv", student_qkv)), dict(zip("qkv", teacher_qkv))
+    student, teacher = dict(zip("qkv", student_qkv, strict=True)), dict(zip("qkv", teacher_qkv, strict=True))
     losses = {}
     for a, b in pairs:
         target = relation(teacher[a].detach(), teacher[b].detach(), heads)
@@ -388,7 +393,7 @@ class Decoder(nn.Module):
         """Encoder's normalised tokens (B, 1+n, dim) and rank (B, N), see random_mask, to (B, N, patch_size² * 3)."""
         x = self.embed(tokens)
         masked = self.mask_token.to(x.dtype).expand(len(x), rank.shape[1] - (x.shape[1] - 1), -1)
-        patches = torch.cat([x[:, 1:], masked], dim=1).gather(1, rank[:, :, None].expand(-1, -1, x.shape[2]))
+        patches = torch.cat([x[:, 1:], masked], dim=1).gather(1, rank[:, :, None].expand(-1, -1, x.shape[2]))  # (B, N, width)
         x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed
         return self.pred(self.norm(self.blocks(x)))[:, 1:]
 
@@ -400,7 +405,7 @@ def pixel_loss(predicted, images, masked, normalize=True):
     """
     grid, p = math.isqrt(predicted.shape[1]), math.isqrt(predicted.shape[2] // 3)
     target = images.unflatten(3, (grid, p)).unflatten(2, (grid, p)).permute(0, 2, 4, 3, 5, 1)  # (B, grid, grid, p, p, 3)
-    target = target.flatten(3).flatten(1, 2)
+    target = target.flatten(3).flatten(1, 2)  # (B, N, p² * 3)
     if normalize:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     error = (predicted - target).square().mean(-1)  # (B, N)
@@ -413,8 +418,9 @@ class TinyMIM(nn.Module):
     targets: which losses are summed. "relation": relation_loss, between the student's last block and the
         teacher's block `teacher_block` (from 1). "feature": the student's last block's output, through a linear map, against
         the output of the teacher's. "cls": the same for the class token alone. "pixel": MAE, which needs no teacher.
-    relation_heads, relations: see relation_loss. mask_ratio: the share of patches that neither network sees.
-    decoder: width, depth and heads of the pixel target's decoder.
+    teacher_block: default: the last, if teacher and student are equally deep, else at 3/4 of the teacher's depth.
+    relation_heads: default: those the teacher was distilled with, or its attention heads. relations: pairs, see relation_loss.
+    mask_ratio: the share of patches that neither network sees. decoder: width, depth and heads of the pixel target's decoder.
     Parameters of the student that the losses do not reach are frozen. Raises ValueError for what cannot work.
     """
 
@@ -422,7 +428,13 @@ class TinyMIM(nn.Module):
                  targets=("relation",), mask_ratio=0.0, decoder=(512, 8, 16)):
         super().__init__()
         if teacher is not None:
+            teacher.requires_grad_(False)
+            teacher_block = teacher_block or (teacher.depth if teacher.depth == student.depth else math.ceil(0.75 * teacher.depth))
+            if "relation" in targets:
+                relation_heads = relation_heads or getattr(teacher, "relation_heads", teacher.heads)
             check_fit(student, teacher, teacher_block, relation_heads)
+        elif set(targets) != {"pixel"}:
+            raise ValueError(f"{' + '.join(targets)} needs a teacher")
         self.student, self.teacher, self.teacher_block = student, teacher, teacher_block
         self.relation_heads, self.relations = relation_heads, tuple(relations)
         self.targets, self.mask_ratio = tuple(targets), mask_ratio
@@ -442,6 +454,7 @@ class TinyMIM(nn.Module):
                 unused.requires_grad_(False)
 
     def train(self, mode=True):
+        """As nn.Module's, but the teacher stays in eval mode, unless it is to drop paths."""
         super().train(mode)
         if self.teacher is not None and not self.teacher.drop_path:
             self.teacher.eval()
@@ -457,24 +470,24 @@ class TinyMIM(nn.Module):
             if noise is None:
                 noise = torch.rand(len(student_images), student.pos_embed.shape[1] - 1, device=student_images.device)
             keep, rank = random_mask(noise, self.mask_ratio)
-        student_last = student.blocks[-1]
+        student_block = student.blocks[-1]
         student_tokens = student.tokens_entering(student.depth, student_images, keep)  # (B, 1+N, D_student)
         if teacher is not None:
-            teacher_last = teacher.blocks[self.teacher_block - 1]
+            teacher_block = teacher.blocks[self.teacher_block - 1]
             with torch.no_grad():
                 teacher_tokens = teacher.tokens_entering(self.teacher_block, teacher_images, keep)  # (B, 1+N, D_teacher)
 
         if "relation" in self.targets:
             with torch.no_grad():
-                teacher_qkv = teacher_last.qkv(teacher_tokens)
-            losses.update(relation_loss(student_last.qkv(student_tokens), teacher_qkv, self.relation_heads, self.relations))
+                teacher_qkv = teacher_block.qkv(teacher_tokens)
+            losses.update(relation_loss(student_block.qkv(student_tokens), teacher_qkv, self.relation_heads, self.relations))
         if self.targets == ("relation",):
             return losses
 
-        student_output = student_last(student_tokens)
+        student_output = student_block(student_tokens)
         if self.maps:
             with torch.no_grad():
-                teacher_output = teacher_last(teacher_tokens)
+                teacher_output = teacher_block(teacher_tokens)
         if "feature" in self.targets:
             losses["feature"] = feature_loss(self.maps["feature"](student_output), teacher_output)
         if "cls" in self.targets:
@@ -527,7 +540,8 @@ def imagenette(root="data"):
 def find_images(folder):
     """Paths, as bytes, of all images in `folder`/train if there is one, else in `folder`, at any depth, sorted.
 
-    An array, not a list: worker processes share it, whereas 1.3 million Python strings would be copied into each.
+    An array, not a list: forked worker processes share it, whereas 1.3 million Python strings would be copied into each.
+    Raises UserError.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder of images")
@@ -559,7 +573,8 @@ class ImageDataset(Dataset):
     """Item (epoch, i): what transform makes of image i, a tuple of tensors; its label, if there are labels; and -1.
 
     If image i cannot be decoded, another takes its place, and i stands instead of -1. All that is random depends on
-    (seed, epoch, i) alone: a run is the same for any number of workers and processes, and after it is resumed.
+    (seed, epoch, i) alone: a run is the same for any number of workers and processes, and after it is resumed. Goes
+    with EpochSampler, which makes such pairs.
     """
 
     def __init__(self, paths, transform, seed=0, labels=None):
@@ -664,6 +679,8 @@ class TwoViews(nn.Module):
 def learning_rate(epoch, peak, warmup_epochs, epochs, floor=0.0):
     """Linear warm-up from 0 to `peak`, then half a cosine to `floor`. `epoch` counts from 0, with a fraction.
 
+    warmup_epochs must be less than epochs.
+
     >>> [learning_rate(epoch, peak=1.0, warmup_epochs=2, epochs=10) for epoch in (0, 1, 2, 6, 10)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
@@ -687,7 +704,7 @@ Machine = collections.namedtuple("Machine", "device amp compile fused workers ra
 
 
 def start(args):
-    """Choose the device and precision and, under torchrun, join the other processes. Returns a Machine."""
+    """Choose the device and precision and, under torchrun, join the other processes. Returns a Machine. Raises UserError."""
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -702,14 +719,15 @@ def start(args):
             amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if world > 1 and not dist.is_initialized():
         # an hour: the others wait while one process of each node downloads
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1),
+                                device_id=device if device.type == "cuda" else None)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     on_gpu = device.type == "cuda"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return Machine(
         device, {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp],
         compile=on_gpu if args.compile is None else args.compile, fused=on_gpu if args.fused is None else args.fused,
-        workers=cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.workers is None else args.workers,
+        workers=min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers,
         rank=rank, local_rank=local_rank, world=world)
 
 
@@ -724,7 +742,7 @@ def once_per_node(machine, fetch):
 
 
 def make_loader(dataset, args, machine):
-    """Shuffled training batches of --batch-size for this process; a last, smaller one is dropped."""
+    """Shuffled training batches of --batch-size for this process; a last, smaller one is dropped. Raises UserError."""
     if len(dataset) < args.batch_size * args.accum * machine.world:
         raise UserError(f"{len(dataset)} images are fewer than one batch of {args.batch_size} x --accum {args.accum} x "
                         f"{machine.world} processes: lower --batch-size")
@@ -752,18 +770,20 @@ def interrupt(*_):
 
 
 def stop_if_asked():
+    """Raise the KeyboardInterrupt that `interrupt` has put off."""
     if stop["asked"]:
         raise KeyboardInterrupt
 
 
 def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, epoch, bar):
-    """One epoch of updates; returns the mean of each loss over it and over all processes, {name: float}. `epoch` is from 0.
+    """One epoch of updates; returns {name: mean of this loss over the epoch and all processes, "lr": the last}. `epoch` is from 0.
 
-    objective(*prepare(*batch)) gives {name: scalar}, whose sum is minimised. Nothing waits for the device between log
-    points. Raises UserError for a loss that is not finite, and if most files cannot be decoded.
+    objective(*prepare(*batch)) gives {name: scalar}, whose sum is minimised; what ends a batch, `undecoded`, is not passed
+    on (see ImageDataset). args: epochs, warmup_epochs, batch_size, accum, blr, min_lr, seed, out. Nothing waits for the
+    device between log points. Raises UserError for a loss that is not finite, and if most files cannot be decoded.
     """
     updates = len(loader) // args.accum
-    log_every = 50 if machine.device.type == "cuda" else 1
+    log_every = 50 if machine.device.type == "cuda" else 1  # to read the loss is to wait for the GPU
     global_batch = args.batch_size * args.accum * machine.world
     loader.sampler.set_epoch(epoch)
     bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
@@ -782,8 +802,8 @@ def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, ep
             if broken > seen / 2 and (seen >= 256 or update == updates - 1):
                 raise UserError(f"{broken} of {seen} files could not be decoded: is this the right --data?")
             inputs = prepare(*(x.to(machine.device, non_blocking=True) for x in batch))
-            between = machine.world > 1 and micro < args.accum - 1
-            with objective.no_sync() if between else contextlib.nullcontext():  # gradients are averaged once per update
+            more_follow = machine.world > 1 and micro < args.accum - 1
+            with objective.no_sync() if more_follow else contextlib.nullcontext():  # gradients are averaged once per update
                 with torch.autocast(machine.device.type, machine.amp, enabled=machine.amp != torch.float32):
                     losses = objective(*inputs)
                     loss = sum(losses.values())
@@ -795,7 +815,7 @@ def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, ep
         optimizer.zero_grad()
         if update % log_every == 0 or update == updates - 1:
             if not math.isfinite(sums["loss"]):
-                raise UserError(f"the loss is {loss.item()} at step {update + 1} of epoch {epoch + 1}: try a lower --blr. The last "
+                raise UserError(f"the loss is no longer finite at step {update + 1} of epoch {epoch + 1}: try a lower --blr. The last "
                                 f"good checkpoint is {os.path.join(args.out, 'last.pth')}, after epoch {epoch}")
             bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.2e}", refresh=False)
         bar.update(global_batch)
@@ -808,13 +828,15 @@ def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, ep
 def fit(objective, model, config, prepare, loader, optimizer, args, machine, after_epoch):
     """All epochs of a run, from the first or, with --resume, the one that follows last.pth; writes that and log.jsonl.
 
-    objective, prepare: see train_epoch. model: the part of the objective that is the result, which config rebuilds.
-    after_epoch(): called in all processes, returns more for the log; the best "top1" in it is kept as best.pth, and returned.
+    Compiles the objective and wraps it in DDP as `machine` says. objective, prepare: see train_epoch. model: the part of the
+    objective that is the result, which config rebuilds. after_epoch(): called in all processes, returns more for the log; the
+    best "top1" in it is kept as best.pth, and returned. Raises UserError.
     """
     last, best, log = (os.path.join(args.out, name) for name in ("last.pth", "best.pth", "log.jsonl"))
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == torch.float16)
     kept = {id(parameter) for parameter in model.parameters()}
     auxiliary = {name: p.data for name, p in objective.named_parameters() if p.requires_grad and id(p) not in kept}
+    done, history, top1 = 0, [], -1.0
 
     def save(path, epoch):
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
@@ -824,7 +846,6 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
             "scaler": scaler.state_dict(), "epoch": epoch, "best": top1, "rng": args.seed, "args": vars(args),
         }, file))
 
-    done, history, top1 = 0, [], -1.0
     if args.resume:
         checkpoint = read_checkpoint(last)[2]
         model.load_state_dict(checkpoint["model"])
@@ -843,6 +864,8 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
         save(last, 0)  # a full disk or a read-only folder shows now, and from now on there is always a last.pth
     if machine.compile:
         objective.compile()
+        if machine.rank == 0:
+            print("the first step compiles, which may take minutes", flush=True)
     parallel = DistributedDataParallel(objective) if machine.world > 1 else objective
     images = len(loader) // args.accum * args.batch_size * args.accum * machine.world  # in an epoch
     stop["can wait"] = True
@@ -863,9 +886,6 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
                     top1 = record["top1"]
                     save(best, epoch + 1)
                 save(last, epoch + 1)
-    if machine.world > 1:
-        del parallel  # first: it could hang as the last to hold gloo's process group
-        dist.destroy_process_group()
     return top1
 
 
@@ -893,13 +913,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def preview(paths, img_size, count=3):
-    """The middles of a few images from all over the list, for pictures: uint8 (count, 3, img_size, img_size)."""
+def preview(paths, img_size, count=4):
+    """The middles of a few images from all over the list, for pictures: uint8 (count, 3, img_size, img_size). Raises UserError."""
     crop = v2.Compose([v2.Resize(img_size, antialias=True), v2.CenterCrop(img_size)])
     images = []
-    for index in np.linspace(0, len(paths) - 1, 30).astype(int)[np.random.RandomState(0).permutation(30)]:
+    for path in np.random.RandomState(0).permutation(paths)[:30]:
         with contextlib.suppress(Exception):  # a broken file: the next one will do
-            images.append(crop(decode(os.fsdecode(paths[index]))))
+            images.append(crop(decode(os.fsdecode(path))))
         if len(images) == count:
             break
     if not images:
@@ -909,10 +929,10 @@ def preview(paths, img_size, count=3):
 
 @torch.no_grad()
 def draw_relations(objective, photos, path, cell=112):
-    """Write a picture of how the patches of `photos`, uint8 (B, 3, H, W), relate in the teacher and in the student.
+    """Write a picture of how one patch of each photo, uint8 (B, 3, H, W), relates to the others in the teacher and the student.
 
-    A row for each query patch, marked red in the photo. A map shows that patch's row of the relation, the mean over heads,
-    without the class token, scaled to its largest value besides the query: teacher and student side by side.
+    The patch is red in the photo. A map shows its row of the relation, the mean over heads, without the class token, scaled to
+    the largest value besides its own: teacher and student side by side.
     """
     objective.eval()
     student, teacher = objective.student, objective.teacher
@@ -920,38 +940,29 @@ def draw_relations(objective, photos, path, cell=112):
     networks = {"student": student.qkv(images, student.depth)}
     if teacher is not None:
         networks = {"teacher": teacher.qkv(images, objective.teacher_block)} | networks
-    maps = {}  # column title: (B, N, N)
+    grid, size = student.img_size // student.patch_size, student.patch_size
+    y, x = grid // 2, grid // 3
+    query = y * grid + x
+    marked = photos / 255
+    marked[:, :, y * size:(y + 1) * size, x * size:(x + 1) * size] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+    columns = {"image": marked}  # title: (B, 3, height, width)
     for a, b in objective.relations:
         for name, qkv in networks.items():
             heads = objective.relation_heads or getattr(objective, name).heads
-            probabilities = relation(qkv["qkv".index(a)], qkv["qkv".index(b)], heads).exp().mean(dim=1)
-            maps[f"{name} {a}-{b}"] = probabilities[:, 1:, 1:].cpu()
-    grid = student.img_size // student.patch_size
-
-    def resize(image, mode):
-        return F.interpolate(image[None].float(), (cell, cell), mode=mode)[0]
-
-    cells = []
-    for i, photo in enumerate(photos):
-        for row, column in ((grid // 2, grid // 3), (grid // 4, 3 * grid // 4)):
-            query = row * grid + column
-            cells.append(resize(photo, "bilinear") / 255)
-            y, x, side = row * cell // grid, column * cell // grid, math.ceil(cell / grid)
-            cells[-1][:, y:y + side, x:x + side] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
-            for relations in maps.values():
-                heat = relations[i, query]
-                heat = heat / heat[torch.arange(grid**2) != query].max()  # to itself a patch relates far more
-                heat = resize(heat.view(1, grid, grid), "nearest")
-                cells.append(torch.cat([3 * heat, 3 * heat - 1, 3 * heat - 2]).clamp(0, 1))  # black, red, yellow, white
-    picture = F.pad(make_grid(cells, nrow=1 + len(maps), pad_value=1.0), (0, 0, 14, 0), value=1.0)
+            heat = relation(qkv["qkv".index(a)], qkv["qkv".index(b)], heads).exp().mean(1)[:, 1 + query, 1:].cpu()  # (B, N)
+            others = heat.index_fill(1, torch.tensor(query), 0.0)  # to itself a patch relates far more
+            heat = (heat / others.amax(1, keepdim=True)).view(-1, 1, grid, grid)
+            columns[f"{name} {a}-{b}"] = torch.cat([3 * heat, 3 * heat - 1, 3 * heat - 2], dim=1).clamp(0, 1)  # black, red, yellow, white
+    cells = torch.stack([F.interpolate(column, size=(cell, cell)) for column in columns.values()], dim=1).flatten(0, 1)
+    picture = F.pad(make_grid(cells, nrow=len(columns), pad_value=1.0), (0, 0, 14, 0), value=1.0)
     picture = v2.functional.to_pil_image(picture)
-    for i, title in enumerate(["image", *maps]):
+    for i, title in enumerate(columns):
         ImageDraw.Draw(picture).text((4 + i * (cell + 2), 2), title, fill="black")
     replace_file(path, lambda file: picture.save(file, "PNG"))
 
 
 def build(args, machine):
-    """The objective that `args` describe, with a new student, and the student's config for its checkpoint."""
+    """The objective that `args` describe, with a new student, and the student's config for its checkpoint. Raises UserError."""
     teacher = None
     if args.teacher is not None:
         teacher = once_per_node(machine, lambda: load_teacher(args.teacher, args.img_size, args.teacher_heads, args.teacher_drop_path))
@@ -959,26 +970,22 @@ def build(args, machine):
     sizes = {name: getattr(args, name) or size for name, size in zip(("dim", "depth", "heads"), STUDENTS[args.student])}
     sizes["patch_size"] = args.patch_size or (teacher.patch_size if teacher else 16)
     sizes["img_size"] = args.img_size or (teacher.img_size if teacher else 224)
-    block, heads = None, None
-    if teacher:
-        block = args.teacher_block or (teacher.depth if teacher.depth == sizes["depth"] else math.ceil(0.75 * teacher.depth))
-    if "relation" in args.target:
-        heads = args.relation_heads or teacher.relation_heads
     try:
         student = ViT(**sizes, drop_path=args.drop_path)
-        objective = TinyMIM(student, teacher, block, heads, args.relations, args.target, args.mask_ratio, args.decoder)
+        objective = TinyMIM(student, teacher, args.teacher_block, args.relation_heads if "relation" in args.target else None,
+                            args.relations, args.target, args.mask_ratio, args.decoder)
     except ValueError as error:
         raise UserError(error, code=2) from error
-    return objective.to(machine.device), sizes | {"relation_heads": heads}
+    return objective.to(machine.device), sizes | {"relation_heads": objective.relation_heads}
 
 
 def train(args):
-    """Run what `args` (see make_parser) describe, and leave last.pth, log.jsonl and relations.png in args.out."""
+    """Run what `args` (see make_parser) describe, and leave last.pth, log.jsonl and relations.png in args.out. Raises UserError."""
     machine = start(args)
     check_exists(args.data, besides=["imagenette"])
     lock = claim(args, machine)  # noqa: F841, held as long as it is referred to
     objective, config = build(args, machine)
-    student, block = objective.student, objective.teacher_block
+    student = objective.student
     folder = once_per_node(machine, imagenette) if args.data == "imagenette" else args.data
     paths = find_images(folder)
     photos = preview(paths, student.img_size)
@@ -992,10 +999,10 @@ def train(args):
     if machine.rank == 0:
         if machine.device.type == "cpu" and student.dim >= STUDENTS["tiny"][0]:
             print("no GPU: this is slow. For something that runs in minutes: python extras/demo.py")
-        what = " + ".join(args.target).replace("relation", f"relation {'/'.join(args.relations)} in {objective.relation_heads} heads")
-        what += f" of block {block} of {objective.teacher.depth} of {args.teacher}" if args.teacher else ""
         size = sum(p.numel() for p in student.parameters()) / 1e6
-        print(f"{'student' if objective.teacher else 'MAE'} {student.dim} wide, {student.depth} deep, {size:.2f} M parameters: {what}, "
+        relations = f" {'/'.join(args.relations)} in {objective.relation_heads} heads" if "relation" in args.target else ""
+        source = f" of block {objective.teacher_block} of {objective.teacher.depth} of {args.teacher}" if args.teacher else ", as MAE"
+        print(f"a ViT {student.dim} wide, {student.depth} deep, {size:.2f} M parameters, learns {' + '.join(args.target)}{relations}{source}, "
               f"{args.mask_ratio:.0%} of the patches masked")
         print_plan(args, machine, f"{len(paths)} images in {folder}")
 
@@ -1011,13 +1018,14 @@ def train(args):
 
 
 def check_exists(path, besides):
-    """Before anything is downloaded or written: a misspelt path is an error."""
+    """Before anything is downloaded or written: a misspelt path is a UserError."""
     if path not in besides and not os.path.exists(path):
         raise UserError(f"{path}: no such file or folder, nor one of {', '.join(besides)}")
 
 
 def claim(args, machine):
-    """See that args.out has no run, or with --resume one that stands still; returns an open file that keeps others out."""
+    """See that args.out has no run, or with --resume one that stands still; returns an open file that keeps others out.
+    Raises UserError."""
     last = os.path.join(args.out, "last.pth")
     if not args.resume and os.path.exists(last) and read_checkpoint(last)[2].get("epoch", 1) > 0:
         raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts anew")
@@ -1056,7 +1064,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without repeating all options."""
 
     def __init__(self, prog, description):
-        super().__init__(prog, description=description, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110, max_help_position=28))
+        super().__init__(prog, description=description,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110, max_help_position=28))
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -1098,7 +1107,7 @@ def training_options(parser, **defaults):
     add("--seed", type=number(int, 0, 2**32), default=0, metavar="N", help="default: 0")
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu")
-    add("--workers", type=number(int, 0), metavar="N", help="processes that decode images, per process; default: one per core")
+    add("--workers", type=number(int, 0), metavar="N", help="processes that decode images, per process; default: one per core, at most 16")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="mixed precision; auto: off on the CPU, bf16 on a GPU that has it, else fp16")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
@@ -1108,7 +1117,7 @@ def training_options(parser, **defaults):
     add("--resume", action="store_true", help="go on with the run in --out, with its options, after the last epoch it finished")
 
 
-MAY_CHANGE = {"data", "epochs", "batch_size", "accum", "device", "workers", "compile", "fused", "out", "resume"}  # on --resume
+MAY_CHANGE = {"data", "epochs", "batch_size", "accum", "blr", "min_lr", "device", "workers", "compile", "fused", "out", "resume"}  # on --resume
 
 
 def command_line(parser, argv, complete, run):
@@ -1128,6 +1137,8 @@ def command_line(parser, argv, complete, run):
             complete(args)
         args.out = out
         run(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         parser.exit(error.code, f"{parser.prog}: error: {error}\n")
     except (KeyboardInterrupt, RuntimeError) as error:
@@ -1147,9 +1158,9 @@ def advice(error):
     """What to do about a RuntimeError that comes from this machine's limits; None for any other."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full: lower --batch-size, and raise --accum by as much"
+        return "the GPU's memory is full: lower --batch-size, and raise --accum by the same factor"
     if "can't allocate memory" in text:
-        return "the memory is full: lower --batch-size, and raise --accum by as much, or lower --workers"
+        return "the memory is full: lower --batch-size, and raise --accum by the same factor, or lower --workers"
     if text.startswith("DataLoader worker"):
         return f"a process that decodes images died ({text.splitlines()[0]}): for lack of memory, lower --workers"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -1157,7 +1168,7 @@ def advice(error):
 
 
 def continued(parser, argv, out):
-    """The options of the run in `out`, and those of argv that may change without making it another run."""
+    """The options of the run in `out`, and those of argv that may change without making it another run. Raises UserError."""
     last = os.path.join(out, "last.pth")
     if not os.path.exists(last):
         raise UserError(f"there is no run to go on with in {out}: no last.pth")
@@ -1176,7 +1187,7 @@ def continued(parser, argv, out):
 
 
 def fill_in(args, recipe):
-    """Options that were not given take the recipe's values."""
+    """Options that were not given take the recipe's values. Raises UserError if nothing is left after the warm-up."""
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -124,8 +124,7 @@ class Variant:
         *sizes, patch_size = TEACHERS[args.teacher]
         teacher = tinymim.ViT(*sizes, patch_size, args.img_size).requires_grad_(False)
         student = tinymim.ViT(*STUDENTS[args.student], patch_size, args.img_size, drop_path=0.1)
-        block = args.teacher_block or (teacher.depth if teacher.depth == student.depth else math.ceil(0.75 * teacher.depth))
-        objective = (Usual if usual else tinymim.TinyMIM)(student, teacher, block, args.relation_heads or teacher.heads)
+        objective = (Usual if usual else tinymim.TinyMIM)(student, teacher, args.teacher_block, args.relation_heads)
         self.objective = objective.to(self.device).train()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
         self.optimizer = torch.optim.AdamW(tinymim.parameter_groups(objective, 0.05), lr=1e-6, betas=(0.9, 0.95),
