@@ -407,6 +407,7 @@ def draw_augmented(dataset, augment, path, count=32):
 
 
 def make_parser():
+    """The command line's options; the recipe's values of those not given are in RECIPES."""
     parser = tinymim.Parser("finetune.py", "Fine-tune a ViT checkpoint as a classifier, and evaluate it.")
     add = parser.add_argument_group("start").add_argument
     add("--checkpoint", metavar="FILE|NAME|none",
@@ -430,9 +431,8 @@ def make_parser():
     tinymim.training_options(
         parser, epochs="base 100, tiny and small 200, from scratch 300, --freeze 90", warmup_epochs="5, at most a twentieth of --epochs",
         batch_size=128, blr="base and from scratch 5e-4, tiny and small 1e-3, --freeze 0.1", min_lr="1e-6, --freeze 0",
-        weight_decay="0.05, --freeze 0", drop_path="base 0.2, small and from scratch 0.1, tiny and --freeze 0")
-    parser.add_argument("--layer-decay", type=number(float, 0), metavar="X", help="each layer learns at X times the rate of the one "
-                        "above it; default: base 0.65, small 0.75, tiny 0.85, else 1")
+        weight_decay="0.05, --freeze 0", drop_path="base 0.2, small and from scratch 0.1, tiny and --freeze 0",
+        layer_decay="base 0.65, small 0.75, tiny 0.85, else 1")
     return parser
 
 
@@ -446,6 +446,7 @@ def complete(args):
 
 
 def main(argv=None):
+    """python finetune.py, with the words of argv, or those of the command line."""
     tinymim.command_line(make_parser(), argv, complete, train)
 
 

@@ -372,9 +372,9 @@ def test_checkpoints_that_do_not_load(tmp_path):
         (tensors | {"pos_embed": torch.zeros(17, 24)}, "square of patches"),
         ({"weight": torch.zeros(3)}, "no ViT under MAE's parameter names"),
         ([1, 2], "no ViT under MAE's parameter names"),
-        ({"model": tensors, "args": Evil()}, "not a PyTorch checkpoint"),
-        (b"\xff\xd8 a photo", "not a PyTorch checkpoint"),
-        (b"", "not a PyTorch checkpoint"),
+        ({"model": tensors, "args": Evil()}, "not a whole PyTorch checkpoint"),
+        (b"\xff\xd8 a photo", "not a whole PyTorch checkpoint"),
+        (b"", "not a whole PyTorch checkpoint"),
         (None, "no such file"),
     ]:
         path = tmp_path / "x.pth"
@@ -742,7 +742,7 @@ def test_full_disk_loses_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # writing past it fails as on a full disk
     try:
-        with pytest.raises(UserError, match="cannot write .*last.pth"):
+        with pytest.raises(UserError, match="cannot write .*last.pth .*File too large"):
             tinymim.replace_file(path, lambda file: torch.save({"epoch": torch.zeros(100_000)}, file))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -819,7 +819,8 @@ def test_a_python_or_a_package_that_does_not_do(tmp_path):
     code = "import sys; sys.version_info = (3, 9); sys.argv = ['x']; import runpy; runpy.run_path(sys.path[0] + '/tinymim.py')"
     old = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {HERE!r}); {code}"], capture_output=True, text=True)
     assert old.returncode == 1 and len(old.stderr.splitlines()) == 1 and "3.10 or newer" in old.stderr
-    for script in ("tinymim.py", "finetune.py", "extras/demo.py", "extras/study.py", "extras/benchmark.py"):
+    extras = [f"extras/{name}.py" for name in ("benchmark", "demo", "figures", "shapes", "study")]
+    for script in ("tinymim.py", "finetune.py", *extras):
         bare = subprocess.run([sys.executable, "-S", "-E", os.path.join(HERE, script)], capture_output=True, text=True)  # no site-packages
         assert bare.returncode == 1 and len(bare.stderr.splitlines()) == 1 and "pip install -r requirements.txt" in bare.stderr, bare.stderr
 
@@ -1393,6 +1394,23 @@ def test_readme_commands_run(photos, pictures, tmp_path, monkeypatch):
     assert seen["tinymim.py"] >= 12 and seen["finetune.py"] >= 9
 
 
+def test_readme_commands_have_options_that_exist(monkeypatch):
+    """torchrun's, and those of extras/."""
+    from torch.distributed.run import get_args_parser
+
+    seen = set()
+    for words in readme_commands():
+        if words[0] == "torchrun":
+            get_args_parser().parse_args(words[1:])
+        script = next(word for word in words if word.endswith(".py") or word == "pytest")
+        if script.startswith("extras/"):
+            options = [word for word in words if word.startswith("--")]
+            text = subprocess.run([sys.executable, os.path.join(HERE, script), "--help"], capture_output=True, text=True).stdout
+            assert script.endswith("figures.py") or text.startswith("usage") and all(option in text for option in options), words
+            seen.add(script)
+    assert seen == {f"extras/{name}.py" for name in ("benchmark", "demo", "figures", "shapes")}
+
+
 def test_readme_snippets_run(tmp_path, monkeypatch):
     """Each Python snippet, in a namespace of its own; those of the method are lines of the code."""
     pytest.importorskip("timm")
@@ -1400,7 +1418,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     sizes = dict(zip(("dim", "depth", "heads"), tinymim.STUDENTS["tiny"]))
     for folder, model in (("tiny-mae_base", ViT(**sizes)), ("finetune-tiny-mae_base", finetune.Classifier(**sizes, num_classes=10))):
         os.makedirs(os.path.join("runs", folder))
-        torch.save({"model": model.state_dict(), "config": sizes | {"num_classes": 10}},
+        torch.save({"model": model.state_dict(), "config": sizes | {"num_classes": 10, "patch_size": 16, "img_size": 224}},
                    os.path.join("runs", folder, "best.pth" if folder.startswith("fine") else "last.pth"))
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     quoted = [code for code in snippets if "import " not in code]
@@ -1413,14 +1431,19 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
 
 
 def test_readme_points_at_the_right_lines():
-    """[`name`](file#L12): the name is in that line."""
+    """[`name`](file#L12): there it is defined, assigned or an option; or, if it is nowhere, it is in that line and no other."""
     links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README)
     assert len(links) >= 25 and len(links) == README.count(".py#L")
     for name, file, line in links:
         lines = open(os.path.join(HERE, file)).read().splitlines()
-        name = name.split(".")[-1]
-        found = [i + 1 for i, text in enumerate(lines) if name in text]
-        assert int(line) in found, f"{name} is in lines {found} of {file}, not in {line}"
+        if re.fullmatch(r"\w+\.\w+", name):  # a method
+            method = inspect.getsourcelines(getattr(getattr(tinymim, name.split(".")[0]), name.split(".")[1]))[1]
+            assert int(line) == method, f"{name} is in line {method}"
+            continue
+        name = re.escape(name)
+        where = [i + 1 for i, text in enumerate(lines) if re.search(rf'^\s*(def|class) {name}\b|^\s*([\w.]+\.)?{name}( =|: )|add\("--{name}"', text)]
+        where = where or [i + 1 for i, text in enumerate(lines) if re.search(name, text)]
+        assert int(line) in where and len(where) <= 3, f"{name} is in lines {where} of {file}, not in {line}"
 
 
 def test_readme_pictures_are_there_and_small():
@@ -1445,17 +1468,48 @@ def test_usual_way_of_the_benchmark_is_the_same_training(photos):
 
 
 def test_benchmark_runs(photos, tmp_path):
-    """All of it, at the smallest sizes: what it measures is there and positive."""
-    words = ["--student=nano", "--relation-heads=8", "--img-size=32", "--batch-size=2", "--repeats=1", "--pictures=64", "--steps=2"]
+    """All of it, at the smallest sizes: its numbers belong together; and its bars are drawn."""
+    words = ["--student=nano", "--relation-heads=8", "--img-size=32", "--batch-size=2", "--repeats=1", "--pictures=64", "--steps=3"]
     done = subprocess.run([sys.executable, os.path.join(HERE, "extras", "benchmark.py"), *words, f"--data={photos}", "--device=cpu",
                            "--workers=1", "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
+    usual, ours = result["pipeline"]
+    assert usual["times the usual, 1 worker"] == 1
+    assert ours["times the usual, 1 worker"] == pytest.approx(ours["images/s, 1 worker"] / usual["images/s, 1 worker"])
+    assert (usual["KiB per image"], round(ours["KiB per image"])) == (2 * 3 * 32 * 32 * 4 / 1024, 3)
     assert [row["variant"] for row in result["step"]] == ["usual, float32", "tinymim.py, float32", "tinymim.py, bfloat16"]
-    assert all(value > 0 for table in ("pipeline", "step") for row in result[table] for value in row.values() if not isinstance(value, str))
-    assert all(entry["per second"] > 0 for entry in result["ceilings"].values()) and len(result["ceilings"]) == 3
+    dim, tokens, patches, blocks = 768, 5, 4, 8  # whole blocks, before the 9th of 12, of which there is only qkv
+    flops = 2 * (patches * 3 * 16**2 * dim + blocks * (12 * tokens * dim**2 + 2 * tokens**2 * dim) + 3 * tokens * dim**2)
+    assert result["GFLOP per image"]["teacher"] == pytest.approx(flops / 1e9)
+    for row in result["step"]:
+        rate = result["ceilings"]["2048 x 2048 product, " + row["variant"].split(", ")[1]]["per second"] * 1e12
+        assert row["teacher, % of ceiling"] == pytest.approx(100 * 2 * flops / (row["teacher, ms"] / 1000) / rate)
+        assert row["images/s"] == pytest.approx(2 / (row["step, ms"] / 1000)) and 0.5 < row["peak memory, GiB"] < 8
     assert all(0 <= row["waiting for data, %"] < 100 and row["images/s"] > 0 for row in result["end to end"])
-    assert 0 < result["GFLOP per image"]["teacher"] < result["GFLOP per image"]["step"]
+    (tmp_path / "speed.json").write_text(done.stdout)
+    pytest.importorskip("matplotlib")
+    subprocess.run([sys.executable, os.path.join(HERE, "extras", "figures.py"), f"--speed={tmp_path / 'speed.json'}", f"--out={tmp_path}"], check=True)
+    assert "</svg>" in (tmp_path / "speed.svg").read_text()
+
+
+def test_benchmark_keeps_time(monkeypatch):
+    """Medians of rounds, per call; and what a loader lets one wait, but for its first batch."""
+    import benchmark
+
+    clock = [0.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+
+    def take(seconds):
+        clock[0] += seconds
+
+    naps = iter([9, 9, 1, 2, 4, 3, 3, 20, 30])  # three to warm up, then three rounds of two calls
+    assert benchmark.interleaved({"nap": lambda: take(next(naps))}, torch.device("cpu"), 3, least=1.5)[0] == {"nap": 3}
+    watched = benchmark.Watched(argparse.Namespace(sampler=None, dataset=None))
+    watched.loader = (take(nap) or nap for nap in (50, 3, 4))
+    for _ in watched:
+        take(10)
+    assert (watched.waited, clock[0] - watched.began) == (7, 3 + 10 + 4 + 10)
 
 
 def test_the_demos_teacher(tmp_path):

@@ -38,6 +38,8 @@ for package in ("numpy", "torch", "torchvision", "tqdm"):
     if not importlib.util.find_spec(package):
         sys.exit(f"{package} is not installed here: {sys.executable} -m pip install -r requirements.txt")
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends them without a traceback
     gc.disable()  # until the options are read: importing PyTorch leaves no garbage, and --help comes a second sooner
 
 import numpy as np
@@ -240,17 +242,16 @@ def read_checkpoint(path):
         raise UserError(f"{path}: {hint}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types for files that are something else
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}" if str(error) else "it is empty"
-        raise UserError(f"{path} is not a PyTorch checkpoint of tensors ({reason})") from error
-    tensors = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
+        raise UserError(f"{path} is not a whole PyTorch checkpoint of tensors and plain values ({type(error).__name__})") from error
+    tensors = content.get("model", content) if isinstance(content, dict) else None
     tensors = tensors if isinstance(tensors, dict) else {}
     tensors = {str(name).removeprefix("module."): t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
     if "patch_embed.proj.weight" not in tensors:
         raise UserError(f"{path} holds no ViT under MAE's parameter names (there is no patch_embed.proj.weight)")
-    config = checkpoint.get("config")
-    return tensors, config if isinstance(config, dict) else {}, checkpoint
+    config = content.get("config")
+    return tensors, config if isinstance(config, dict) else {}, content
 
 
 def architecture(tensors, config, path, heads=None, option="--teacher-heads"):
@@ -345,7 +346,8 @@ def relation_loss(student_qkv, teacher_qkv, heads, pairs=("qq", "kk", "vv")):
 
     student_qkv, teacher_qkv: queries, keys, values of one block, (B, N, D) each; D may differ between the two networks,
     B and N may not. heads: into how many relation heads both D are split, whatever the networks' attention heads. pairs: of
-    the letters q, k, v. Returns {pair: scalar}. The teacher gets no gradient. Takes memory for some (B, heads, N, N) a pair.
+    the letters q, k, v. Returns {pair: scalar}. The teacher gets no gradient. Keeps two (B, heads, N, N) a pair for the
+    backward pass.
 
     >>> student_qkv, teacher_qkv = [torch.randn(2, 197, 192) for _ in "qkv"], [torch.randn(2, 197, 768) for _ in "qkv"]
     >>> relation_loss(student_qkv, teacher_qkv, heads=12).keys()
@@ -710,6 +712,8 @@ def start(args):
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     amp = "off" if args.amp == "auto" else args.amp
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("PyTorch finds no GPU here: --device cpu does without")
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"no GPU for process {local_rank + 1} of this machine, which has {torch.cuda.device_count()}: use "
                             f"--device cpu, or a lower --nproc-per-node of torchrun")
@@ -847,15 +851,15 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
         }, file))
 
     if args.resume:
-        checkpoint = read_checkpoint(last)[2]
-        model.load_state_dict(checkpoint["model"])
-        objective.load_state_dict(checkpoint["auxiliary"], strict=False)  # what the losses need besides, such as a decoder
-        for group in checkpoint["optimizer"]["param_groups"]:
+        saved = read_checkpoint(last)[2]
+        model.load_state_dict(saved["model"])
+        objective.load_state_dict(saved["auxiliary"], strict=False)  # what the losses need besides, such as a decoder
+        for group in saved["optimizer"]["param_groups"]:
             group["fused"] = optimizer.defaults["fused"]  # as suits this machine
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # it ran in fp16
-            scaler.load_state_dict(checkpoint["scaler"])
-        done, top1 = checkpoint["epoch"], checkpoint["best"]
+        optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:  # it ran in fp16
+            scaler.load_state_dict(saved["scaler"])
+        done, top1 = saved["epoch"], saved["best"]
         if machine.rank == 0:
             print(f"going on after epoch {done}" if done < args.epochs else f"all {done} epochs are done: for more, raise --epochs")
         with contextlib.suppress(OSError, ValueError), open(log) as file:
@@ -900,7 +904,8 @@ def replace_file(path, write):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
-        raise UserError(f"cannot write {path} ({error}); what was there before is untouched") from error
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"cannot write {path} ({reason}); what was there before is untouched") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
@@ -966,7 +971,8 @@ def build(args, machine):
     teacher = None
     if args.teacher is not None:
         teacher = once_per_node(machine, lambda: load_teacher(args.teacher, args.img_size, args.teacher_heads, args.teacher_drop_path))
-    torch.manual_seed(args.seed)
+    # a student of its teacher's size and seed must not begin as the teacher began
+    torch.manual_seed(hash((args.seed, teacher.cls_token[0, 0, 0].item())) if teacher else args.seed)
     sizes = {name: getattr(args, name) or size for name, size in zip(("dim", "depth", "heads"), STUDENTS[args.student])}
     sizes["patch_size"] = args.patch_size or (teacher.patch_size if teacher else 16)
     sizes["img_size"] = args.img_size or (teacher.img_size if teacher else 224)
@@ -983,11 +989,13 @@ def train(args):
     """Run what `args` (see make_parser) describe, and leave last.pth, log.jsonl and relations.png in args.out. Raises UserError."""
     machine = start(args)
     check_exists(args.data, besides=["imagenette"])
+    if args.teacher is not None:
+        check_exists(args.teacher, besides=TEACHERS)
     lock = claim(args, machine)  # noqa: F841, held as long as it is referred to
-    objective, config = build(args, machine)
-    student = objective.student
     folder = once_per_node(machine, imagenette) if args.data == "imagenette" else args.data
     paths = find_images(folder)
+    objective, config = build(args, machine)
+    student = objective.student
     photos = preview(paths, student.img_size)
     jitter = 0.4 if objective.teacher else 0.0  # MAE changes no colours
     loader = make_loader(ImageDataset(paths, CropAndJitter(student.img_size, jitter), args.seed), args, machine)
@@ -999,11 +1007,11 @@ def train(args):
     if machine.rank == 0:
         if machine.device.type == "cpu" and student.dim >= STUDENTS["tiny"][0]:
             print("no GPU: this is slow. For something that runs in minutes: python extras/demo.py")
-        size = sum(p.numel() for p in student.parameters()) / 1e6
+        size, decoder = (sum(p.numel() for p in module.parameters()) / 1e6 for module in (student, getattr(objective, "decoder", nn.Identity())))
         relations = f" {'/'.join(args.relations)} in {objective.relation_heads} heads" if "relation" in args.target else ""
         source = f" of block {objective.teacher_block} of {objective.teacher.depth} of {args.teacher}" if args.teacher else ", as MAE"
-        print(f"a ViT {student.dim} wide, {student.depth} deep, {size:.2f} M parameters, learns {' + '.join(args.target)}{relations}{source}, "
-              f"{args.mask_ratio:.0%} of the patches masked")
+        print(f"a ViT {student.dim} wide, {student.depth} deep, {size:.2f} M parameters{f' and {decoder:.2f} M in a decoder' if decoder else ''}, "
+              f"learns {' + '.join(args.target)}{relations}{source}, {args.mask_ratio:.0%} of the patches masked")
         print_plan(args, machine, f"{len(paths)} images in {folder}")
 
     def after_epoch():
@@ -1026,22 +1034,24 @@ def check_exists(path, besides):
 def claim(args, machine):
     """See that args.out has no run, or with --resume one that stands still; returns an open file that keeps others out.
     Raises UserError."""
+    file = None
+    if machine.rank == 0:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            file = open(os.path.join(args.out, ".lock"), "w")
+        except OSError as error:
+            raise UserError(f"cannot write in {args.out} ({error}): choose another --out") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"another process is at work in {args.out}: wait for it, or choose another --out") from error
+        except OSError:
+            pass  # a file system without locks
     last = os.path.join(args.out, "last.pth")
     if not args.resume and os.path.exists(last) and read_checkpoint(last)[2].get("epoch", 1) > 0:
         raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts anew")
     if machine.rank > 0:
         return None
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        file = open(os.path.join(args.out, ".lock"), "w")
-    except OSError as error:
-        raise UserError(f"cannot write in {args.out} ({error}): choose another --out") from error
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"another process is at work in {args.out}: wait for it, or choose another --out") from error
-    except OSError:
-        pass  # a file system without locks
     for name in os.listdir(args.out):
         if name.endswith(".part"):  # of a run that was killed while it wrote
             os.remove(os.path.join(args.out, name))
@@ -1084,9 +1094,9 @@ def number(kind, low, below=math.inf):
 def student_options(parser, of, note=""):
     """The options that give the sizes of a new student. of: in words, whose patches and images it takes by default."""
     add = parser.add_argument_group("student").add_argument
-    add("--student", choices=STUDENTS, default="tiny", help=f"{note}default: tiny")
-    for size in ("dim", "depth", "heads"):
-        add(f"--{size}", type=number(int, 1), metavar="N", help="instead of the named student's")
+    add("--student", choices=STUDENTS, default="tiny", help=f"size of the ViT; {note}default: tiny")
+    for size, words in (("dim", "width"), ("depth", "number of blocks"), ("heads", "attention heads of a block")):
+        add(f"--{size}", type=number(int, 1), metavar="N", help=f"{words}, instead of the named student's")
     add("--patch-size", type=number(int, 1), metavar="N", help=f"in pixels; default: that of {of}, or 16")
     add("--img-size", type=number(int, 1), metavar="N", help=f"in pixels; default: that of {of}, or 224")
 
@@ -1102,9 +1112,13 @@ def training_options(parser, **defaults):
     add("--blr", type=number(float, 0), metavar="X",
         help=f"base learning rate: the peak is blr x batch size x accum x processes / 256; default: {defaults['blr']}")
     add("--min-lr", type=number(float, 0), metavar="X", help=f"where the cosine ends; default: {defaults['min_lr']}")
-    add("--weight-decay", type=number(float, 0), metavar="X", help=f"default: {defaults['weight_decay']}")
-    add("--drop-path", type=number(float, 0, 1), metavar="P", help=f"default: {defaults['drop_path']}")
-    add("--seed", type=number(int, 0, 2**32), default=0, metavar="N", help="default: 0")
+    add("--weight-decay", type=number(float, 0), metavar="X", help=f"of AdamW, not for biases and norms; default: {defaults['weight_decay']}")
+    add("--drop-path", type=number(float, 0, 1), metavar="P",
+        help=f"how probably a block's attention or MLP is skipped, image by image; default: {defaults['drop_path']}")
+    if "layer_decay" in defaults:
+        add("--layer-decay", type=number(float, 0), metavar="X",
+            help=f"each layer learns at X times the rate of the one above it; default: {defaults['layer_decay']}")
+    add("--seed", type=number(int, 0, 2**32), default=0, metavar="N", help="of weights, crops, masks and order; default: 0")
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu")
     add("--workers", type=number(int, 0), metavar="N", help="processes that decode images, per process; default: one per core, at most 16")
@@ -1141,7 +1155,7 @@ def command_line(parser, argv, complete, run):
             dist.destroy_process_group()
     except UserError as error:
         parser.exit(error.code, f"{parser.prog}: error: {error}\n")
-    except (KeyboardInterrupt, RuntimeError) as error:
+    except (KeyboardInterrupt, RuntimeError, MemoryError) as error:
         if isinstance(error, KeyboardInterrupt) or stop["asked"]:  # a process that stops breaks the others' communication
             whole = out and os.path.exists(os.path.join(out, "last.pth"))
             hint = f"; --resume --out {out} goes on after the last whole epoch" if whole else ""
@@ -1155,11 +1169,11 @@ def command_line(parser, argv, complete, run):
 
 
 def advice(error):
-    """What to do about a RuntimeError that comes from this machine's limits; None for any other."""
+    """What to do about an error that comes from this machine's limits; None for any other."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text:
         return "the GPU's memory is full: lower --batch-size, and raise --accum by the same factor"
-    if "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "the memory is full: lower --batch-size, and raise --accum by the same factor, or lower --workers"
     if text.startswith("DataLoader worker"):
         return f"a process that decodes images died ({text.splitlines()[0]}): for lack of memory, lower --workers"
@@ -1196,6 +1210,7 @@ def fill_in(args, recipe):
 
 
 def make_parser():
+    """The command line's options; what they are by default, if it depends on others, is in `complete`."""
     parser = Parser("tinymim.py", "Distil a small ViT from a large one pre-trained by MAE.")
     student_options(parser, of="the teacher", note="or, with --target pixel alone, what MAE trains; ")
     add = parser.add_argument_group("teacher").add_argument
@@ -1204,7 +1219,8 @@ def make_parser():
     add("--teacher-heads", type=number(int, 1), metavar="N", help="attention heads, where the checkpoint does not tell")
     add("--teacher-block", type=number(int, 1), metavar="N",
         help="the block the student learns from; default: the last of a teacher as deep as the student, else at 3/4 of its depth")
-    add("--teacher-drop-path", type=number(float, 0, 1), default=0.0, metavar="P", help="default: 0")
+    add("--teacher-drop-path", type=number(float, 0, 1), default=0.0, metavar="P",
+        help="as --drop-path, in the teacher; default: 0")
     add = parser.add_argument_group("target").add_argument
     add("--target", nargs="+", choices=("relation", "feature", "cls", "pixel"), default=["relation"], metavar="NAME",
         help="relation, feature, cls, pixel: their losses are summed; pixel alone is MAE; default: relation")
@@ -1247,6 +1263,7 @@ def run_name(path):
 
 
 def main(argv=None):
+    """python tinymim.py, with the words of argv, or those of the command line."""
     command_line(make_parser(), argv, complete, train)
 
 

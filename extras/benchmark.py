@@ -4,14 +4,16 @@
     python extras/benchmark.py --data /path/to/images --student small --teacher mae_large --batch-size 256 --json > speed.json
 
 Compares tinymim.py with the usual way to write the same training: images decoded, cropped and jittered one by one by Pillow, attention
-and relations as their formulas say, and a wait for the device in every step (on a GPU in fp16, on the CPU in float32). Everything
-is measured in turn, `--repeats` times over, and the medians count. The teacher has random weights, which take as long.
+and relations as their formulas say, and a wait for the device in every step (on a GPU in fp16, on the CPU in float32). Pipelines,
+and all that belongs to steps, are measured in turn, `--repeats` times over, and the medians count. The teacher has random
+weights, which take as long.
 
 1. Ceilings: a large matrix product, a large copy.
 2. Input pipeline: images/s of one worker and of all.
 3. Training step, with mixed precision and compilation on and off: its parts, the share of the matrix product's rate it reaches, and
    the most memory a process of its own holds. FLOPs are those of matrix products and convolutions as the formulas have them.
-4. End to end: epochs of tinymim.py's own loop, and the share of them it waits for data.
+4. End to end: epochs of tinymim.py's own loop, the share of them it waits for data (once the first batch is there; on a GPU
+   it may wait while the GPU still works), and the images/s as a share of those of the step alone.
 """
 
 import argparse
@@ -71,11 +73,15 @@ class UsualDataset(tinymim.ImageDataset):
 
 
 class Views(nn.Module):
+    """The usual pipeline's batches are views already."""
+
     def forward(self, student_images, teacher_images):
         return student_images, teacher_images
 
 
 class UsualAttention(tinymim.Attention):
+    """Multi-head self-attention as its formula says, with all (B, heads, N, N) weights in memory."""
+
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, dim/heads) each
         weights = (q @ k.transpose(2, 3) * q.shape[-1]**-0.5).softmax(dim=-1)
@@ -83,6 +89,7 @@ class UsualAttention(tinymim.Attention):
 
 
 def usual_relation_loss(student_qkv, teacher_qkv, heads, pairs):
+    """tinymim.relation_loss by the formula: probabilities first, then their logarithms."""
     losses = {}
     for a, b in pairs:
         student, teacher = ((x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (qkv["qkv".index(a)], qkv["qkv".index(b)]))
@@ -135,14 +142,13 @@ class Variant:
             self.batch = tuple(torch.rand(2, args.batch_size, 3, args.img_size, args.img_size, device=self.device))
         else:
             crops = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, device=self.device)
-            jitter = torch.tensor([[0.0, 1, 2], [1.2, 0.8, 1.1]], device=self.device).expand(args.batch_size, 2, 3)
+            jitter = torch.tensor([[[0.0, 1, 2], [1.2, 0.8, 1.1]]] * args.batch_size, device=self.device)
             self.batch = crops, jitter
         self.forward, self.prepare = self.compiled(objective), self.compiled(self.views)
         self.teacher_qkv, self.student_qkv = self.compiled(teacher.qkv), self.compiled(student.qkv)
 
     def __str__(self):
-        precision = str(self.amp).removeprefix("torch.")
-        return f"{'usual' if self.usual else 'tinymim.py'}, {precision}{', compiled' if self.compile else ''}"
+        return f"{'usual' if self.usual else 'tinymim.py'}, {precision(self.amp, self.device)}{', compiled' if self.compile else ''}"
 
     def autocast(self):
         return torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32)
@@ -186,6 +192,11 @@ class Variant:
                                 self.optimizer.step, self.step)))
 
 
+def precision(dtype, device):
+    """A dtype in words: what is left in float32 on a GPU multiplies in TF32, see tinymim.start."""
+    return "TF32" if dtype == torch.float32 and device.type == "cuda" else str(dtype).removeprefix("torch.")
+
+
 def variants(args):
     """(usual, amp, compile) of each variant that is measured."""
     half = torch.float16 if args.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
@@ -194,12 +205,16 @@ def variants(args):
 
 
 def synchronise(device):
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def interleaved(functions, device, repeats, least=0.2):
-    """{name: function} to {name: median seconds of a call}, of `repeats` rounds in which each is called for `least` seconds."""
+    """{name: function} to {name: median seconds of a call}, of `repeats` rounds in which each is called for `least` seconds.
+
+    Also returns how many graphs torch.compile made after the warm-up: there should be none.
+    """
 
     def measure(function, calls):
         synchronise(device)
@@ -212,15 +227,15 @@ def interleaved(functions, device, repeats, least=0.2):
     for function in functions.values():
         measure(function, 2)  # compiles, allocates
     calls = {name: max(1, math.ceil(least / measure(function, 1))) for name, function in functions.items()}
-    warm = graphs_compiled()
+    warm = compiler()[0]
     rounds = [{name: measure(function, calls[name]) for name, function in functions.items()} for _ in range(repeats)]
-    if graphs_compiled() > warm:
-        print(f"compiled {graphs_compiled() - warm} graphs again while measuring: these times are too long", file=sys.stderr)
-    return {name: statistics.median(one[name] for one in rounds) for name in functions}
+    return {name: statistics.median(one[name] for one in rounds) for name in functions}, compiler()[0] - warm
 
 
-def graphs_compiled():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+def compiler():
+    """(graphs compiled so far, graph breaks so far)."""
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def ceilings(args, device):
@@ -230,7 +245,7 @@ def ceilings(args, device):
     for amp in dict.fromkeys(amp for _, amp, _ in variants(args)):
         a, b = torch.randn(2, n, n, device=device).to(amp)
         out = torch.empty_like(a)
-        name = f"{n} x {n} product, {amp}".replace("torch.", "")
+        name = f"{n} x {n} product, {precision(amp, device)}"
         functions[name], work[name] = lambda a=a, b=b, out=out: torch.mm(a, b, out=out), (2 * n**3 / 1e12, "TFLOP/s")
     source, target = torch.zeros(2, m, dtype=torch.uint8, device=device)
     name = f"copy of {m >> 20} MiB, read and written"
@@ -239,6 +254,7 @@ def ceilings(args, device):
 
 
 def count_flops(function):
+    """Floating-point operations of the matrix products and convolutions in one call."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
@@ -265,7 +281,7 @@ def measure_pipelines(args, machine, paths):
     loaders = {(name, workers): make_loader(args, machine._replace(workers=workers), name == "usual", paths)
                for workers in sorted({1, machine.workers}) for name in ("usual", "tinymim.py")}
     passes = {key: lambda loader=loader: collections.deque(loader, maxlen=0) for key, loader in loaders.items()}
-    seconds = interleaved(passes, torch.device("cpu"), args.repeats)
+    seconds, _ = interleaved(passes, torch.device("cpu"), args.repeats)
     rows = []
     for name in ("usual", "tinymim.py"):
         row = {"pipeline": name}
@@ -279,36 +295,40 @@ def measure_pipelines(args, machine, paths):
 
 
 class Watched:
-    """A loader that adds up how long it lets one wait."""
+    """A loader that adds up how long it lets one wait for all batches but the first; and when that was there, `began`."""
 
     def __init__(self, loader):
-        self.loader, self.sampler, self.dataset, self.waited = loader, loader.sampler, loader.dataset, 0.0
+        self.loader, self.sampler, self.dataset = loader, loader.sampler, loader.dataset
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
         batches = iter(self.loader)
+        yield next(batches)
+        self.waited, self.began = 0.0, time.perf_counter()
         while True:
-            began = time.perf_counter()
+            asked = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - began
+            self.waited += time.perf_counter() - asked
             if batch is None:
                 return
             yield batch
 
 
 def end_to_end(args, machine, variant, paths):
-    """Epochs of tinymim.train_epoch, the first not counted: (images/s, share of the time spent waiting for data), medians."""
+    """Epochs of tinymim.train_epoch, the first of them and the first step of each not counted.
+
+    Returns (images/s, share of the time spent waiting for data), medians.
+    """
     count = args.steps * args.batch_size
     loader = Watched(make_loader(args, machine, variant.usual, np.resize(paths, count)))
     machine, rounds = machine._replace(amp=variant.amp), []
     for epoch in range(1 + args.repeats):
-        loader.waited, began = 0.0, time.perf_counter()
         tinymim.train_epoch(variant.forward, variant.prepare, loader, variant.optimizer, variant.scaler, args, machine, epoch,
                             tqdm(disable=True))
-        took = time.perf_counter() - began
-        rounds.append((count / took, loader.waited / took))
+        took = time.perf_counter() - loader.began  # from when train_epoch asked for its second batch
+        rounds.append(((count - args.batch_size) / took, loader.waited / took))
     return [statistics.median(column) for column in zip(*rounds[1:])]
 
 
@@ -321,7 +341,7 @@ def measure(args, machine, paths):
     def say(what):
         print(what, file=sys.stderr, flush=True)
 
-    result = {"machine": describe(args, machine), "options": {name: getattr(args, name) for name in OPTIONS}}
+    result = {"machine": describe(args), "options": {name: getattr(args, name) for name in OPTIONS}}
 
     say("memory")  # first: a process begins with the peak of the one that starts it
     memory = [peak_memory(args, place) for place in range(len(variants(args)))]
@@ -334,13 +354,14 @@ def measure(args, machine, paths):
     flops = {part: count_flops(function) for part, function in all_variants[0].parts().items()}
     functions, work = ceilings(args, machine.device)
     functions |= {(str(variant), part): function for variant in all_variants for part, function in variant.parts().items()}
-    times = interleaved(functions, machine.device, args.repeats)
+    times, again = interleaved(functions, machine.device, args.repeats)
+    result["compiler"] = dict(zip(("graphs", "graph breaks"), compiler())) | {"graphs after the warm-up": again}
     result["ceilings"] = {name: {"per second": amount / times[name], "unit": unit} for name, (amount, unit) in work.items()}
     result["GFLOP per image"] = {part: flops[part] / args.batch_size / 1e9 for part in ("teacher", "student", "relation loss", "step")}
     result["step"] = []
     for variant, peak in zip(all_variants, memory):
-        name, precision = str(variant), str(variant.amp).removeprefix("torch.")
-        ceiling = next(entry["per second"] * 1e12 for title, entry in result["ceilings"].items() if title.endswith(precision))
+        name, suffix = str(variant), ", " + precision(variant.amp, variant.device)
+        ceiling = next(entry["per second"] * 1e12 for title, entry in result["ceilings"].items() if title.endswith(suffix))
         row = {"variant": name} | {f"{part}, ms": 1000 * times[name, part] for part in PARTS}
         row["images/s"] = args.batch_size / times[name, "step"]
         row |= {f"{part}, % of ceiling": 100 * flops[part] / times[name, part] / ceiling for part in ("teacher", "step")}
@@ -351,17 +372,21 @@ def measure(args, machine, paths):
     result["end to end"] = []
     for variant in (all_variants[0], *([all_variants[-1]] if args.device == "cuda" else [all_variants[1]])):
         rate, waiting = end_to_end(args, machine, variant, paths)
-        result["end to end"].append({"variant": str(variant), "images/s": rate, "waiting for data, %": 100 * waiting})
+        alone = args.batch_size / times[str(variant), "step"]
+        result["end to end"].append({"variant": str(variant), "images/s": rate, "% of the step alone": 100 * rate / alone,
+                                     "waiting for data, %": 100 * waiting})
+    result["compiler"]["graphs in training"] = compiler()[0] - result["compiler"]["graphs"]
     return result
 
 
-def describe(args, machine):
+def describe(args):
+    """What the measurements depend on, besides the options."""
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), processor)
-    return {"GPU": torch.cuda.get_device_name() if args.device == "cuda" else None, "processor": processor, "cores": machine.workers,
-            "torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()}
+    return {"GPU": torch.cuda.get_device_name() if args.device == "cuda" else None, "processor": processor, "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "CUDA": torch.version.cuda if args.device == "cuda" else None, "torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()}
 
 
 def print_table(rows):
@@ -375,6 +400,7 @@ def print_table(rows):
 
 
 def report(result):
+    """Print what `measure` returns as Markdown tables."""
     options, machine = result["options"], {name: value for name, value in result["machine"].items() if value}
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"student {options['student']}, teacher {options['teacher']}, batch {options['batch_size']} of {options['img_size']} pixels")
@@ -383,9 +409,12 @@ def report(result):
     print_table(result["step"])
     print("\nGFLOP per image: " + ", ".join(f"{part} {value:.3g}" for part, value in result["GFLOP per image"].items()))
     print_table(result["end to end"])
+    if result["compiler"]["graphs"]:
+        print("\ntorch.compile: " + ", ".join(f"{name} {value}" for name, value in result["compiler"].items()))
 
 
 def main(argv=None):
+    """python extras/benchmark.py, with the words of argv, or those of the command line."""
     parser = tinymim.Parser("benchmark.py", "How fast this machine distils, and what of its own ceilings that reaches.")
     add, positive = parser.add_argument, tinymim.number(int, 1)
     add("--data", default="imagenette", metavar="FOLDER", help="of images; default: Imagenette, downloaded once to data/")
@@ -395,8 +424,9 @@ def main(argv=None):
     add("--relation-heads", type=positive, metavar="N", help="default: the teacher's attention heads")
     add("--img-size", type=positive, default=224, metavar="N", help="in pixels; default: 224")
     add("--batch-size", type=positive, metavar="N", help="default: 256 on a GPU, 8 on the CPU")
-    add("--pictures", type=tinymim.number(int, 64), metavar="N", help="that a pipeline delivers each time; default: 1024")
-    add("--steps", type=positive, metavar="N", help="in an epoch, end to end; default: 50 on a GPU, 4 on the CPU")
+    add("--pictures", type=tinymim.number(int, 64), metavar="N",
+        help="that a pipeline delivers each time; default: 1024, or 512 for each worker")
+    add("--steps", type=tinymim.number(int, 2), metavar="N", help="in an epoch, end to end; default: 100 on a GPU, 4 on the CPU")
     add("--repeats", type=positive, default=5, metavar="N", help="of every measurement; default: 5")
     add("--workers", type=positive, metavar="N", help="default: one per core")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu")
@@ -411,8 +441,8 @@ def complete(args):
     """Fill in what depends on the device; returns a name, which is not used."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = args.device == "cuda"
-    batch_size = args.batch_size or (256 if on_gpu else 8)
-    defaults = dict(batch_size=batch_size, steps=50 if on_gpu else 4, pictures=1024, compile=on_gpu)
+    workers = args.workers or min(16, os.cpu_count())
+    defaults = dict(batch_size=256 if on_gpu else 8, steps=100 if on_gpu else 4, pictures=max(1024, 512 * workers), compile=on_gpu)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -425,7 +455,9 @@ def benchmark(args):
     try:
         if args.memory_of is not None:
             variant = Variant(args, *variants(args)[args.memory_of])
-            for _ in range(3):
+            for step in range(6):
+                if step == 3 and args.device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()  # of compiling and tuning
                 variant.step()
             return print(tinymim.peak_memory(machine.device))
         tinymim.check_exists(args.data, besides=["imagenette"])

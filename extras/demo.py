@@ -74,6 +74,7 @@ def chart(results, width, height=260):
     for percent in range(0, highest + 1, 10):
         draw.line([point(1, percent), point(epochs, percent)], fill="#dddddd")
         draw.text((left - 30, point(1, percent)[1] - 6), f"{percent}%", fill="black")
+    draw.text((right + 8, point(1, 10)[1] - 22), "chance: 10%", fill="#888888")
     for epoch in range(1, epochs + 1):
         draw.text((point(epoch, 0)[0] - 4, bottom + 6), str(epoch), fill="black")
     draw.text((right + 24, bottom + 6), "epoch", fill="black")
@@ -86,26 +87,10 @@ def chart(results, width, height=260):
     return picture
 
 
-def main(argv=None):
-    parser = tinymim.Parser("demo.py", "Distil, fine-tune and compare with scratch, in minutes on a CPU.")
-    parser.add_argument("--seeds", type=tinymim.number(int, 1), default=1, metavar="N", help="repeat all with N seeds; default: 1")
-    parser.add_argument("--out", default=os.path.join("runs", "demo"), metavar="FOLDER", help="default: runs/demo")
-    parser.add_argument("--ship", metavar="FILE", help="make the demo's teacher of a last.pth of tinymim.py, in float16, and stop")
-    args = parser.parse_args(argv)
-    if args.ship:
-        try:
-            tensors, config, _ = tinymim.read_checkpoint(args.ship)
-            model = {name: tensor.half() for name, tensor in tensors.items()}
-            return tinymim.replace_file(TEACHER, lambda file: torch.save({"model": model, "config": config}, file))
-        except tinymim.UserError as error:
-            sys.exit(f"demo.py: error: {error}")
-    if os.path.exists(os.path.join(args.out, "demo.png")) or os.path.exists(os.path.join(args.out, "seed0")):
-        sys.exit(f"demo.py: error: {args.out} already holds a demo: delete it, or name another --out")
+def demo(args):
+    """Draw, distil, fine-tune, compare, for each seed; then print the table and write demo.png."""
     began, data = time.time(), os.path.join(args.out, "pictures")
-    try:
-        draw_pictures(data)
-    except OSError as error:
-        sys.exit(f"demo.py: error: cannot write in {args.out} ({error}): name another --out")
+    draw_pictures(data)
     results = [compare(os.path.join(args.out, f"seed{seed}"), data, seed) for seed in range(args.seeds)]
 
     relations = Image.open(os.path.join(args.out, "seed0", "distilled", "relations.png"))
@@ -124,6 +109,29 @@ def main(argv=None):
         print(f"| {name} | {statistics.mean(last):.1f}%{deviation} |")
     print(f"\n{(time.time() - began) / 60:.1f} minutes on {os.cpu_count()} cores, torch {torch.__version__}; the picture: "
           f"{os.path.join(args.out, 'demo.png')}")
+
+
+def main(argv=None):
+    parser = tinymim.Parser("demo.py", "Distil, fine-tune and compare with scratch, in minutes on a CPU.")
+    parser.add_argument("--seeds", type=tinymim.number(int, 1), default=1, metavar="N", help="repeat all with N seeds; default: 1")
+    parser.add_argument("--out", default=os.path.join("runs", "demo"), metavar="FOLDER", help="default: runs/demo")
+    parser.add_argument("--ship", metavar="FILE", help="make the demo's teacher of a last.pth of tinymim.py, in float16, and stop")
+    args = parser.parse_args(argv)
+    if args.ship:
+        try:
+            tensors, config, _ = tinymim.read_checkpoint(args.ship)
+            model = {name: tensor.half() for name, tensor in tensors.items()}
+            return tinymim.replace_file(TEACHER, lambda file: torch.save({"model": model, "config": config}, file))
+        except tinymim.UserError as error:
+            sys.exit(f"demo.py: error: {error}")
+    if os.path.exists(os.path.join(args.out, "demo.png")) or os.path.exists(os.path.join(args.out, "seed0")):
+        sys.exit(f"demo.py: error: {args.out} already holds a demo: delete it, or name another --out")
+    try:
+        demo(args)
+    except OSError as error:
+        sys.exit(f"demo.py: error: cannot write in {args.out} ({error}): name another --out")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python extras/demo.py
     python extras/benchmark.py --data /path/to/images --json > speed.json
-    python extras/figures.py --demo runs/demo --speed speed.json      (writes assets/{method.svg,relations.png,speed.svg})
+    python extras/figures.py --demo runs/demo             (assets/method.svg and assets/relations.png)
+    python extras/figures.py --speed speed.json           (assets/speed.svg)
 """
 
 import argparse
@@ -21,7 +22,7 @@ try:
     import matplotlib.pyplot as plt
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 except ImportError:
-    sys.exit("figures.py: error: matplotlib is missing: pip install matplotlib")
+    sys.exit(f"matplotlib is not installed here: {sys.executable} -m pip install matplotlib")
 
 BLUE, ORANGE, GRAY = "#1f77b4", "#ff7f0e", "#c8c8c8"
 PAIRS = ("qq", "kk", "vv")
@@ -34,8 +35,8 @@ def load_demo(folder):
     args, sizes = argparse.Namespace(**checkpoint["args"]), dict(checkpoint["config"])
     heads = sizes.pop("relation_heads")
     teacher = tinymim.load_teacher(os.path.join(ROOT, "assets", "shapes_teacher.pth"))
-    torch.manual_seed(args.seed)
-    before = tinymim.ViT(**sizes).eval()  # as tinymim.build makes it
+    torch.manual_seed(hash((args.seed, teacher.cls_token[0, 0, 0].item())))  # as tinymim.build does
+    before = tinymim.ViT(**sizes).eval()
     after = tinymim.ViT(**sizes).eval()
     after.load_state_dict(tensors)
     pictures = tinymim.preview(tinymim.find_images(os.path.join(folder, "pictures", "labelled", "val")), teacher.img_size, count=8)
@@ -99,7 +100,7 @@ def draw_method(demo, path):
     picture.imshow(pictures[0].permute(1, 2, 0))
     picture.axis("off")
     canvas.text(0.62, 1.38, "one crop", ha="center", fontsize=9)
-    rows = {"teacher": (2.75, 12, 9, BLUE), "student after": (0.45, 6, 6, ORANGE)}  # y, blocks drawn, the one that is matched
+    rows = {"teacher": (2.75, 12, 9, BLUE), "student before": (0.45, 6, 6, ORANGE)}  # y, half the blocks, the one that is matched
     for name, (y, count, matched, color) in rows.items():
         height = 0.9 if name == "teacher" else 0.6
         middle = y + height / 2
@@ -110,12 +111,12 @@ def draw_method(demo, path):
         arrow((1.15, 2.3 if name == "teacher" else 1.8), (1.7, middle))
         if name == "teacher":
             canvas.text(1.75, y + height + 0.13, "teacher: ViT-L, pre-trained by MAE, frozen", fontsize=9)
-            canvas.text(1.75 + 0.21 * 8 + 0.065, y - 0.1, "block 18 of 24", fontsize=8, ha="center", va="top")
-            canvas.text(1.42, middle - 0.2, "clean", fontsize=7, ha="center")
+            canvas.text(1.75 + 0.21 * 8 + 0.065, y - 0.1, "block 18 of 24", fontsize=9, ha="center", va="top")
+            canvas.text(1.28, middle - 0.25, "clean", fontsize=9, ha="center")
         else:
             canvas.text(1.75, y + height + 0.13, "student: ViT-T, from scratch", fontsize=9)
-            canvas.text(1.75 + 0.21 * 5 + 0.065, y - 0.1, "its last block", fontsize=8, ha="center", va="top")
-            canvas.text(1.34, middle + 0.08, "colours\nchanged", fontsize=7, ha="center")
+            canvas.text(1.75 + 0.21 * 5 + 0.065, y - 0.1, "its last block", fontsize=9, ha="center", va="top")
+            canvas.text(1.3, middle - 0.33, "colours\nchanged", fontsize=9, ha="center")
         network, block = networks[name]
         maps = relations(network, block, pictures[:1], heads)
         from_x = 1.75 + 0.21 * (matched - 1) + 0.13
@@ -131,11 +132,11 @@ def draw_method(demo, path):
             axes.imshow(matrix, cmap="magma", vmin=0, vmax=matrix[others].max())
             axes.axis("off")
             if name == "teacher":
-                canvas.text(7.05 + 1.13 * i, middle + 0.62, f"{pair[0]}-{pair[1]} relations", fontsize=9, ha="center")
+                canvas.text(7.05 + 1.13 * i, middle + 0.62, f"{pair[0]}-{pair[1]} relations", fontsize=10, ha="center")
             else:
                 canvas.annotate("", (7.05 + 1.13 * i, 1.32), (7.05 + 1.13 * i, 2.62), arrowprops=dict(arrowstyle="<|-", color="black"))
                 canvas.text(7.12 + 1.13 * i, 1.97, "KL", fontsize=10, weight="bold", va="center")
-    figure.savefig(path, facecolor="white")
+    figure.savefig(path, facecolor="white", metadata={"Date": None})
 
 
 def draw_speed(result, path):
@@ -154,29 +155,33 @@ def draw_speed(result, path):
         panel.invert_yaxis()
         panel.set_title(title, fontsize=10, loc="left")
         panel.set_xticks([])
+        panel.tick_params(left=False)
         panel.set_xlim(0, 1.12 * max(bars.values()))
         panel.spines[["top", "right", "bottom"]].set_visible(False)
     where = machine["GPU"] or f"{machine['cores']} cores of {machine['processor']}, no GPU"
     figure.text(0.99, 0.01, f"{where}, torch {machine['torch'].split('+')[0]}", ha="right", fontsize=8)
-    figure.savefig(path, bbox_inches="tight", facecolor="white")
+    figure.savefig(path, bbox_inches="tight", facecolor="white", metadata={"Date": None})
 
 
 def main(argv=None):
     parser = tinymim.Parser("figures.py", "Draw the README's pictures.")
-    parser.add_argument("--demo", default="runs/demo", metavar="FOLDER", help="results of extras/demo.py; default: runs/demo")
-    parser.add_argument("--speed", metavar="FILE", help="what extras/benchmark.py --json printed; without it, no bars")
+    parser.add_argument("--demo", metavar="FOLDER", help="results of extras/demo.py: draws method.svg and relations.png")
+    parser.add_argument("--speed", metavar="FILE", help="what extras/benchmark.py --json printed: draws speed.svg")
     parser.add_argument("--out", default=os.path.join(ROOT, "assets"), metavar="FOLDER", help="default: assets/")
     args = parser.parse_args(argv)
+    if not args.demo and not args.speed:
+        parser.error("nothing to draw: --demo, --speed, or both")
     plt.rcParams["svg.hashsalt"] = "tinymim"  # the same figure makes the same file
     try:
-        demo = load_demo(args.demo)
         os.makedirs(args.out, exist_ok=True)
-        draw_method(demo, os.path.join(args.out, "method.svg"))
-        draw_relations(demo, os.path.join(args.out, "relations.png"))
+        if args.demo:
+            demo = load_demo(args.demo)
+            draw_method(demo, os.path.join(args.out, "method.svg"))
+            draw_relations(demo, os.path.join(args.out, "relations.png"))
         if args.speed:
             with open(args.speed) as file:
                 draw_speed(json.load(file), os.path.join(args.out, "speed.svg"))
-    except (OSError, json.JSONDecodeError, tinymim.UserError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, tinymim.UserError) as error:
         sys.exit(f"figures.py: error: {error}")
 
 

@@ -5,9 +5,13 @@
 
 import argparse
 import os
+import sys
 
-import numpy as np
-from PIL import Image
+try:
+    import numpy as np
+    from PIL import Image
+except ImportError as error:
+    sys.exit(f"{error.name} is not installed here: {sys.executable} -m pip install -r requirements.txt")
 
 SHAPES = {  # inside the shape or not, for coordinates in [-1, 1]², x to the right, y down
     "disc": lambda x, y: x**2 + y**2 < 0.8,
@@ -57,5 +61,11 @@ if __name__ == "__main__":
     parser.add_argument("--val", type=int, default=1000, metavar="N", help="pictures in FOLDER/val; default: 1000")
     parser.add_argument("--size", type=int, default=40, metavar="N", help="in pixels; default: 40")
     args = parser.parse_args()
-    write(os.path.join(args.folder, "train"), args.train, seed=1, size=args.size)
-    write(os.path.join(args.folder, "val"), args.val, seed=2, size=args.size)
+    try:
+        write(os.path.join(args.folder, "train"), args.train, seed=1, size=args.size)
+        write(os.path.join(args.folder, "val"), args.val, seed=2, size=args.size)
+    except OSError as error:
+        sys.exit(f"shapes.py: error: cannot write in {args.folder} ({error})")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"{args.train} and {args.val} pictures in {args.folder}/train and {args.folder}/val")

@@ -1,7 +1,7 @@
 """The paper's questions at small scale: what to distil from a teacher, and how, on any folder of labelled images.
 
     python extras/study.py --data /path/to/cifar10        (train/ and val/, with a folder of images for each class in both)
-    python extras/study.py --data /path/to/cifar10 --smallest          (a trial of every row, in minutes and on a CPU)
+    python extras/study.py --data /path/to/cifar10 --smallest          (a trial of every row, in a minute and on a CPU)
 
 For every seed: a teacher is pre-trained by MAE, students learn from it in the ways of TABLE, each is fine-tuned, and its top-1
 on val/ after the last epoch counts: the best epoch would be chosen by the very images that measure it. Rows that need the same
@@ -156,7 +156,7 @@ def save_results(path, results):
 
 def print_table(args, rows, top1):
     """top1: {run: percent}. The deviation is that of single runs, each seed with a teacher of its own."""
-    print(f"\n| question | row | top-1, {args.seeds} seed{'s' * (args.seeds > 1)} | paper |\n|---|---|---|---|")
+    print(f"\n| question | row | top-1, {args.seeds} seed{'s' * (args.seeds > 1)} | the paper finds |\n|---|---|---|---|")
     for question, row, options, paper in rows:
         values = [top1[name_run("student", options, seed)] for seed in range(args.seeds)]
         deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
