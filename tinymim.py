@@ -338,7 +338,7 @@ def relation(a, b, heads):
     with torch.autocast(a.device.type, enabled=False):
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
         a, b = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (a, b))  # (B, heads, N, D/heads)
-        return F.log_softmax(a @ b.transpose(2, 3) / math.sqrt(a.shape[-1]), dim=-1)
+        return F.log_softmax(a / math.sqrt(a.shape[-1]) @ b.transpose(2, 3), dim=-1)
 
 
 def relation_loss(student_qkv, teacher_qkv, heads, pairs=("qq", "kk", "vv")):
@@ -779,19 +779,18 @@ def stop_if_asked():
         raise KeyboardInterrupt
 
 
-def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, epoch, bar):
+def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, epoch, batches, bar):
     """One epoch of updates; returns {name: mean of this loss over the epoch and all processes, "lr": the last}. `epoch` is from 0.
 
-    objective(*prepare(*batch)) gives {name: scalar}, whose sum is minimised; what ends a batch, `undecoded`, is not passed
-    on (see ImageDataset). args: epochs, warmup_epochs, batch_size, accum, blr, min_lr, seed, out. Nothing waits for the
+    batches: iter(loader). objective(*prepare(*batch)) gives {name: scalar}, whose sum is minimised; what ends a batch,
+    `undecoded`, is not passed on (see ImageDataset). args: epochs, warmup_epochs, batch_size, accum, blr, min_lr, seed, out. Nothing waits for the
     device between log points. Raises UserError for a loss that is not finite, and if most files cannot be decoded.
     """
     updates = len(loader) // args.accum
     log_every = 50 if machine.device.type == "cuda" else 1  # to read the loss is to wait for the GPU
     global_batch = args.batch_size * args.accum * machine.world
-    loader.sampler.set_epoch(epoch)
     bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
-    batches, sums, seen, broken = iter(loader), {}, 0, 0
+    sums, seen, broken = {}, 0, 0
     torch.manual_seed(hash((args.seed, epoch, machine.rank)))  # drop path and masks: an epoch is the same after --resume
     objective.train()
     for update in range(updates):
@@ -842,6 +841,10 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
     auxiliary = {name: p.data for name, p in objective.named_parameters() if p.requires_grad and id(p) not in kept}
     done, history, top1 = 0, [], -1.0
 
+    def begin(epoch):
+        loader.sampler.set_epoch(epoch)
+        return iter(loader)
+
     def save(path, epoch):
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
             raise UserError(f"parameters are no longer finite after epoch {epoch}: try a lower --blr. {last} is the last good checkpoint")
@@ -876,10 +879,12 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
     # one bar for the whole run, which counts images: so it shows images/s and the time that remains
     with tqdm(total=max(done, args.epochs) * images, initial=done * images, unit="image", unit_scale=True, smoothing=0.1,
               disable=machine.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        batches = begin(done) if done < args.epochs else None
         for epoch in range(done, args.epochs):
             began = time.perf_counter()
-            record = {"epoch": epoch + 1} | train_epoch(parallel, prepare, loader, optimizer, scaler, args, machine, epoch, bar)
+            record = {"epoch": epoch + 1} | train_epoch(parallel, prepare, loader, optimizer, scaler, args, machine, epoch, batches, bar)
             record["images/s"] = images / (time.perf_counter() - began)
+            batches = begin(epoch + 1) if epoch + 1 < args.epochs else None  # the workers go on while this epoch is evaluated and saved
             record |= after_epoch() | {"peak_memory_gib": peak_memory(machine.device)}
             history.append(record)
             if machine.rank == 0:

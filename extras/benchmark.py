@@ -325,7 +325,8 @@ def end_to_end(args, machine, variant, paths):
     loader = Watched(make_loader(args, machine, variant.usual, np.resize(paths, count)))
     machine, rounds = machine._replace(amp=variant.amp), []
     for epoch in range(1 + args.repeats):
-        tinymim.train_epoch(variant.forward, variant.prepare, loader, variant.optimizer, variant.scaler, args, machine, epoch,
+        loader.sampler.set_epoch(epoch)
+        tinymim.train_epoch(variant.forward, variant.prepare, loader, variant.optimizer, variant.scaler, args, machine, epoch, iter(loader),
                             tqdm(disable=True))
         took = time.perf_counter() - loader.began  # from when train_epoch asked for its second batch
         rounds.append(((count - args.batch_size) / took, loader.waited / took))
