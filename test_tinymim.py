@@ -1503,8 +1503,8 @@ def test_benchmark_keeps_time(monkeypatch):
     def take(seconds):
         clock[0] += seconds
 
-    naps = iter([9, 9, 1, 2, 4, 3, 3, 20, 30])  # three to warm up, then three rounds of two calls
-    assert benchmark.interleaved({"nap": lambda: take(next(naps))}, torch.device("cpu"), 3, least=1.5)[0] == {"nap": 3}
+    naps = iter([9, 9, 9, 9, 1, 9, 2, 4, 9, 3, 3, 9, 20, 30])  # five to warm up, then three rounds of an untimed and two timed calls
+    assert benchmark.interleaved({"nap": lambda: take(next(naps))}, torch.device("cpu"), 3, untimed=1, least=1.5)[0] == {"nap": 3}
     watched = benchmark.Watched(argparse.Namespace(sampler=None, dataset=None))
     watched.loader = (take(nap) or nap for nap in (50, 3, 4))
     for _ in watched:

@@ -210,13 +210,16 @@ def synchronise(device):
         torch.cuda.synchronize()
 
 
-def interleaved(functions, device, repeats, least=0.2):
-    """{name: function} to {name: median seconds of a call}, of `repeats` rounds in which each is called for `least` seconds.
+def interleaved(functions, device, repeats, untimed=0, least=0.2):
+    """{name: function} to {name: median seconds of a call}, of `repeats` rounds in which each is called for `least` seconds,
+    after `untimed` calls that give it caches and memory as in a loop of its own.
 
     Also returns how many graphs torch.compile made after the warm-up: there should be none.
     """
 
     def measure(function, calls):
+        for _ in range(untimed):
+            function()
         synchronise(device)
         began = time.perf_counter()
         for _ in range(calls):
@@ -355,7 +358,7 @@ def measure(args, machine, paths):
     flops = {part: count_flops(function) for part, function in all_variants[0].parts().items()}
     functions, work = ceilings(args, machine.device)
     functions |= {(str(variant), part): function for variant in all_variants for part, function in variant.parts().items()}
-    times, again = interleaved(functions, machine.device, args.repeats)
+    times, again = interleaved(functions, machine.device, args.repeats, untimed=1)
     result["compiler"] = dict(zip(("graphs", "graph breaks"), compiler())) | {"graphs after the warm-up": again}
     result["ceilings"] = {name: {"per second": amount / times[name], "unit": unit} for name, (amount, unit) in work.items()}
     result["GFLOP per image"] = {part: flops[part] / args.batch_size / 1e9 for part in ("teacher", "student", "relation loss", "step")}

@@ -140,14 +140,15 @@ def draw_method(demo, path):
 
 
 def draw_speed(result, path):
-    """What benchmark.py measured, as bars: images/s of pipelines and of training steps."""
+    """What benchmark.py measured, as bars: images/s of pipelines, of training steps, and end to end."""
     machine = result["machine"]
     groups = {
         "images/s that one worker decodes and crops": {row["pipeline"]: row["images/s, 1 worker"] for row in result["pipeline"]},
         f"images/s of the training step, {result['options']['student']} from {result['options']['teacher']}":
             {row["variant"]: row["images/s"] for row in result["step"]},
+        "images/s of training from files": {row["variant"]: row["images/s"] for row in result["end to end"]},
     }
-    figure, axes = plt.subplots(2, 1, figsize=(8, 3.4), gridspec_kw=dict(height_ratios=[len(bars) for bars in groups.values()], hspace=0.55))
+    figure, axes = plt.subplots(3, 1, figsize=(8, 4.6), gridspec_kw=dict(height_ratios=[len(bars) for bars in groups.values()], hspace=0.55))
     for panel, (title, bars) in zip(axes, groups.items()):
         colors = [ORANGE if name.startswith("usual") else BLUE for name in bars]
         drawn = panel.barh(list(bars), list(bars.values()), color=colors, height=0.7)
