@@ -550,10 +550,11 @@ def find_images(folder):
     folder = os.path.join(folder, "train") if os.path.isdir(os.path.join(folder, "train")) else folder
     paths, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(where) in seen:  # by a link
+        real = os.path.realpath(where)
+        if real in seen:  # by a link
             folders.clear()
             continue
-        seen.add(os.path.realpath(where))
+        seen.add(real)
         paths += [os.path.join(where, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
     if not paths:
         raise UserError(f"{folder}: there are no images in it ({', '.join(IMG_EXTENSIONS)})")
@@ -745,9 +746,14 @@ def once_per_node(machine, fetch):
     return result
 
 
+def global_batch(args, machine):
+    """The images of one update: of all processes and all steps whose gradients it accumulates."""
+    return args.batch_size * args.accum * machine.world
+
+
 def make_loader(dataset, args, machine):
     """Shuffled training batches of --batch-size for this process; a last, smaller one is dropped. Raises UserError."""
-    if len(dataset) < args.batch_size * args.accum * machine.world:
+    if len(dataset) < global_batch(args, machine):
         raise UserError(f"{len(dataset)} images are fewer than one batch of {args.batch_size} x --accum {args.accum} x "
                         f"{machine.world} processes: lower --batch-size")
     sampler = EpochSampler(dataset, machine.world, machine.rank, seed=args.seed, drop_last=True)
@@ -783,19 +789,20 @@ def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, ep
     """One epoch of updates; returns {name: mean of this loss over the epoch and all processes, "lr": the last}. `epoch` is from 0.
 
     batches: iter(loader). objective(*prepare(*batch)) gives {name: scalar}, whose sum is minimised; what ends a batch,
-    `undecoded`, is not passed on (see ImageDataset). args: epochs, warmup_epochs, batch_size, accum, blr, min_lr, seed, out. Nothing waits for the
-    device between log points. Raises UserError for a loss that is not finite, and if most files cannot be decoded.
+    `undecoded`, is not passed on (see ImageDataset). args: epochs, warmup_epochs, batch_size, accum, blr, min_lr, seed, out.
+    Nothing waits for the device between log points. Raises UserError for a loss that is not finite, and if most files cannot
+    be decoded.
     """
     updates = len(loader) // args.accum
     log_every = 50 if machine.device.type == "cuda" else 1  # to read the loss is to wait for the GPU
-    global_batch = args.batch_size * args.accum * machine.world
+    images = global_batch(args, machine)
     bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
     sums, seen, broken = {}, 0, 0
     torch.manual_seed(hash((args.seed, epoch, machine.rank)))  # drop path and masks: an epoch is the same after --resume
     objective.train()
     for update in range(updates):
         stop_if_asked()
-        lr = learning_rate(epoch + update / updates, args.blr * global_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
+        lr = learning_rate(epoch + update / updates, args.blr * images / 256, args.warmup_epochs, args.epochs, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         for micro in range(args.accum):
@@ -821,7 +828,7 @@ def train_epoch(objective, prepare, loader, optimizer, scaler, args, machine, ep
                 raise UserError(f"the loss is no longer finite at step {update + 1} of epoch {epoch + 1}: try a lower --blr. The last "
                                 f"good checkpoint is {os.path.join(args.out, 'last.pth')}, after epoch {epoch}")
             bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.2e}", refresh=False)
-        bar.update(global_batch)
+        bar.update(images)
     means = torch.stack([value / updates / machine.world for value in sums.values()])
     if machine.world > 1:
         dist.all_reduce(means)
@@ -874,7 +881,7 @@ def fit(objective, model, config, prepare, loader, optimizer, args, machine, aft
         if machine.rank == 0:
             print("the first step compiles, which may take minutes", flush=True)
     parallel = DistributedDataParallel(objective) if machine.world > 1 else objective
-    images = len(loader) // args.accum * args.batch_size * args.accum * machine.world  # in an epoch
+    images = len(loader) // args.accum * global_batch(args, machine)  # in an epoch
     stop["can wait"] = True
     # one bar for the whole run, which counts images: so it shows images/s and the time that remains
     with tqdm(total=max(done, args.epochs) * images, initial=done * images, unit="image", unit_scale=True, smoothing=0.1,
@@ -1012,10 +1019,12 @@ def train(args):
     if machine.rank == 0:
         if machine.device.type == "cpu" and student.dim >= STUDENTS["tiny"][0]:
             print("no GPU: this is slow. For something that runs in minutes: python extras/demo.py")
-        size, decoder = (sum(p.numel() for p in module.parameters()) / 1e6 for module in (student, getattr(objective, "decoder", nn.Identity())))
+        size, decoder = f"{millions(student):.2f} M parameters", ""
+        if "pixel" in args.target:
+            decoder = f" and {millions(objective.decoder):.2f} M in a decoder"
         relations = f" {'/'.join(args.relations)} in {objective.relation_heads} heads" if "relation" in args.target else ""
         source = f" of block {objective.teacher_block} of {objective.teacher.depth} of {args.teacher}" if args.teacher else ", as MAE"
-        print(f"a ViT {student.dim} wide, {student.depth} deep, {size:.2f} M parameters{f' and {decoder:.2f} M in a decoder' if decoder else ''}, "
+        print(f"a ViT {student.dim} wide, {student.depth} deep, {size}{decoder}, "
               f"learns {' + '.join(args.target)}{relations}{source}, {args.mask_ratio:.0%} of the patches masked")
         print_plan(args, machine, f"{len(paths)} images in {folder}")
 
@@ -1028,6 +1037,11 @@ def train(args):
     if machine.rank == 0:
         last = os.path.join(args.out, "last.pth")
         print(f"done: {last}. Next: python finetune.py --checkpoint {last}, or tinymim.py --teacher {last}")
+
+
+def millions(module):
+    """How many parameters it has, in millions."""
+    return sum(p.numel() for p in module.parameters()) / 1e6
 
 
 def check_exists(path, besides):
@@ -1065,7 +1079,7 @@ def claim(args, machine):
 
 def print_plan(args, machine, data):
     """One line: what is trained on, how and where."""
-    batch = args.batch_size * args.accum * machine.world
+    batch = global_batch(args, machine)
     precision = str(machine.amp).removeprefix("torch.") + (", compiled" if machine.compile else "")
     print(f"{data}, {args.epochs} epochs in batches of {batch}, peak learning rate {args.blr * batch / 256:.3g}, "
           f"{machine.world} x {machine.device.type} in {precision}, results in {args.out}", flush=True)
@@ -1165,9 +1179,10 @@ def command_line(parser, argv, complete, run):
             whole = out and os.path.exists(os.path.join(out, "last.pth"))
             hint = f"; --resume --out {out} goes on after the last whole epoch" if whole else ""
             parser.exit(130, f"\n{parser.prog}: stopped{hint}\n")
-        if not advice(error):
+        what = advice(error)
+        if not what:
             raise
-        parser.exit(1, f"{parser.prog}: error: {advice(error)}\n")
+        parser.exit(1, f"{parser.prog}: error: {what}\n")
     finally:
         for kind, handler in handlers.items():
             signal.signal(kind, handler)

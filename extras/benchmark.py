@@ -177,7 +177,7 @@ class Variant:
             with torch.no_grad(), self.autocast():
                 self.teacher_qkv(images[1], objective.teacher_block)
 
-        def run_student():  # leaves gradients for run_optimiser
+        def run_student():  # leaves gradients for the optimiser
             self.optimizer.zero_grad()
             with self.autocast():
                 qkv = self.student_qkv(images[0], student.depth)
@@ -390,7 +390,8 @@ def describe(args):
         with open("/proc/cpuinfo") as file:
             processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), processor)
     return {"GPU": torch.cuda.get_device_name() if args.device == "cuda" else None, "processor": processor, "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "CUDA": torch.version.cuda if args.device == "cuda" else None, "torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()}
+            "threads": torch.get_num_threads(), "CUDA": torch.version.cuda if args.device == "cuda" else None,
+            "torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()}
 
 
 def print_table(rows):
@@ -438,24 +439,15 @@ def main(argv=None):
     add("--json", action="store_true", help="print all that was measured as JSON instead of tables")
     add("--memory-of", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(amp="auto", fused=None, out=None, resume=False, argv=sys.argv[1:] if argv is None else argv, **LOOP)
-    tinymim.command_line(parser, argv, complete, benchmark)
-
-
-def complete(args):
-    """Fill in what depends on the device; returns a name, which is not used."""
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = args.device == "cuda"
-    workers = args.workers or min(16, os.cpu_count())
-    defaults = dict(batch_size=256 if on_gpu else 8, steps=100 if on_gpu else 4, pictures=max(1024, 512 * workers), compile=on_gpu)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return "benchmark"
+    tinymim.command_line(parser, argv, lambda args: "benchmark", benchmark)
 
 
 def benchmark(args):
     """Print all measurements, or with --memory-of the one that needs a process of its own."""
     machine = tinymim.start(args)
+    args.device, args.compile = machine.device.type, machine.compile
+    on_gpu = args.device == "cuda"
+    tinymim.fill_in(args, dict(batch_size=256 if on_gpu else 8, steps=100 if on_gpu else 4, pictures=max(1024, 512 * machine.workers)))
     try:
         if args.memory_of is not None:
             variant = Variant(args, *variants(args)[args.memory_of])

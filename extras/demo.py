@@ -25,6 +25,7 @@ import shapes
 
 TEACHER = os.path.join(ROOT, "assets", "shapes_teacher.pth")
 PICTURES, LABELLED, VALIDATION = 12000, 2000, 1000  # how many pictures of all ten shapes together
+CHANCE = 100 / len(shapes.SHAPES)  # percent
 DISTIL = "--student nano --teacher-block 6 --epochs 2 --warmup-epochs 0.2 --batch-size 64 --blr 8e-3"
 TUNE = "--epochs 10 --batch-size 32 --augment crop --crop-scale 0.5"
 STARTS = {  # each with the learning rates that suit it best
@@ -74,7 +75,7 @@ def chart(results, width, height=260):
     for percent in range(0, highest + 1, 10):
         draw.line([point(1, percent), point(epochs, percent)], fill="#dddddd")
         draw.text((left - 30, point(1, percent)[1] - 6), f"{percent}%", fill="black")
-    draw.text((right + 8, point(1, 10)[1] - 22), "chance: 10%", fill="#888888")
+    draw.text((right + 8, point(1, CHANCE)[1] - 22), f"chance: {CHANCE:.0f}%", fill="#888888")
     for epoch in range(1, epochs + 1):
         draw.text((point(epoch, 0)[0] - 4, bottom + 6), str(epoch), fill="black")
     draw.text((right + 24, bottom + 6), "epoch", fill="black")
@@ -101,7 +102,7 @@ def demo(args):
     ImageDraw.Draw(picture).text((4, curves.height), caption, fill="black")
     picture.paste(relations, (0, curves.height + 24))
     picture.save(os.path.join(args.out, "demo.png"))
-    print(f"\nAfter the last epoch (chance is {100 / len(shapes.SHAPES):.0f}%):\n")
+    print(f"\nAfter the last epoch (chance is {CHANCE:.0f}%):\n")
     print(f"| student | top-1 on new pictures, {args.seeds} seed{'s' * (args.seeds > 1)} |\n|---|---|")
     for name in ("scratch", "distilled"):
         last = [curves[name][-1] for curves in results]

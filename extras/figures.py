@@ -7,6 +7,7 @@
 """
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -24,24 +25,21 @@ try:
 except ImportError:
     sys.exit(f"matplotlib is not installed here: {sys.executable} -m pip install matplotlib")
 
-BLUE, ORANGE, GRAY = "#1f77b4", "#ff7f0e", "#c8c8c8"
+BLUE, ORANGE = "#1f77b4", "#ff7f0e"
 PAIRS = ("qq", "kk", "vv")
 
 
 def load_demo(folder):
-    """Of the demo's first seed: pictures (uint8), teacher, student as it began, student as it ended, and the teacher's block."""
-    distilled = os.path.join(folder, "seed0", "distilled")
-    tensors, _, checkpoint = tinymim.read_checkpoint(os.path.join(distilled, "last.pth"))
-    args, sizes = argparse.Namespace(**checkpoint["args"]), dict(checkpoint["config"])
-    heads = sizes.pop("relation_heads")
-    teacher = tinymim.load_teacher(os.path.join(ROOT, "assets", "shapes_teacher.pth"))
-    torch.manual_seed(hash((args.seed, teacher.cls_token[0, 0, 0].item())))  # as tinymim.build does
-    before = tinymim.ViT(**sizes).eval()
-    after = tinymim.ViT(**sizes).eval()
+    """Of the demo's first seed: pictures (uint8), {name: (network, block)} of teacher and student as it began and ended, relation heads."""
+    tensors, _, checkpoint = tinymim.read_checkpoint(os.path.join(folder, "seed0", "distilled", "last.pth"))
+    args = argparse.Namespace(**checkpoint["args"] | {"teacher": os.path.join(ROOT, "assets", "shapes_teacher.pth")})
+    objective, _ = tinymim.build(args, tinymim.start(args))  # as it was before the first step
+    before, teacher = objective.eval().student, objective.teacher
+    after = copy.deepcopy(before)
     after.load_state_dict(tensors)
     pictures = tinymim.preview(tinymim.find_images(os.path.join(folder, "pictures", "labelled", "val")), teacher.img_size, count=8)
-    return pictures, {"teacher": (teacher, args.teacher_block), "student before": (before, before.depth),
-                      "student after": (after, after.depth)}, heads
+    networks = {"teacher": (teacher, objective.teacher_block), "student before": (before, before.depth), "student after": (after, after.depth)}
+    return pictures, networks, objective.relation_heads
 
 
 @torch.no_grad()
@@ -93,8 +91,8 @@ def draw_method(demo, path):
                                         edgecolor="black", linewidth=0.8, **style))
         canvas.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
 
-    def arrow(start, end, **style):
-        canvas.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, color="black", linewidth=1, **style))
+    def arrow(start, end):
+        canvas.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, color="black", linewidth=1))
 
     picture = figure.add_axes([0.012, 0.38, 0.1, 0.24])
     picture.imshow(pictures[0].permute(1, 2, 0))
