@@ -239,8 +239,8 @@ def run_evaluation(model, args, folder):
     paths, labels, classes = read_folder(folder)
     known = read_folder(args.class_names)[2] if args.class_names else model.config["classes"] or classes
     if len(known) != model.head.out_features or not set(classes) <= set(known):
-        raise UserError(f"{folder} has {len(classes)} classes, the model {model.head.out_features}, which are "
-                        f"not known: name a folder that has them all with --class-names")
+        raise UserError(f"{folder} has {len(classes)} classes, the model {model.head.out_features}, which "
+                        f"are not known: name a folder that has them all with --class-names")
     columns = torch.tensor([known.index(name) for name in classes], device=args.device)
     result = evaluate(model, make_eval_loader(paths, labels, model.img_size, args), args, columns)
     if RANK == 0:
@@ -282,14 +282,14 @@ def train(args):
         images, _ = augment(*default_collate(batch))  # as the network sees them, but in their own colours
         save_image(images, os.path.join(args.out, "augmented.png"), normalize=True, scale_each=True)
         print(f"{args.checkpoint} on {len(paths)} images, {len(val_paths)} for validation, {args.epochs} "
-              f"epochs, blr {args.blr}, {args.augment} augmentation, {args.device}, amp {args.amp}: {args.out}")
+              f"epochs, blr {args.blr}, {args.augment}, {args.device}, amp {args.amp}, {args.out}")
     tinymim.fit(objective, model, dataset, augment, optimizer, args,
                 after_epoch=lambda: evaluate(model, val_loader, args))
 
 def main(argv=None):
     parser = tinymim.make_parser("finetune.py", "Fine-tune a ViT checkpoint as a classifier, and evaluate "
                                  "it. The defaults follow the size of the network: see RECIPES.")
-    parser.set_defaults(min_lr=None)
+    parser.set_defaults(min_lr=None, weight_decay=None)
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--checkpoint", required=True, help="of tinymim.py, of MAE, mae_base..., or none: from scratch")
     add("--pool", choices=("avg", "token"), help="classify the mean of the patches, or the class token")

@@ -356,8 +356,7 @@ def color_jitter(images, order, factors):
         images = (factor * images + (1 - factor) * other).clamp(0, 1)
     return images
 
-def normalize(images):
-    """Images in [0, 1], minus ImageNet's mean, divided by its standard deviation."""
+def normalize(images):  # in [0, 1]
     return v2.functional.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
 
 def two_views(crops):
@@ -556,8 +555,8 @@ def train(args, build=build, draw=draw_relations):
 
 # ---- 6. Command line ---------------------------------------------------------------------------------------
 
-def make_parser(prog, description):
-    """The options that all scripts share."""
+def make_parser(prog, description, teacher=False):
+    """The options that all scripts share and, with teacher=True, those of distillation."""
     parser = argparse.ArgumentParser(prog, f"python {prog} [options]", description)
     add = parser.add_argument
     add("--student", choices=STUDENTS, default="tiny", help="size of a new ViT (default: tiny)")
@@ -572,13 +571,24 @@ def make_parser(prog, description):
     add("--batch-size", type=int, help="images per process and step")
     add("--accum", type=int, default=1, help="steps whose gradients make one update (default: 1)")
     add("--blr", type=float, help="peak learning rate for 256 images per update")
-    add("--weight-decay", type=float, help="of AdamW, not for biases and norms")
+    add("--weight-decay", type=float, default=0.05, help="of AdamW, not for biases and norms")
     add("--drop-path", type=float, help="rate of skipping a block's attention or MLP")
     add("--seed", type=int, default=0, help="of weights, order, crops and drop path (default: 0)")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode, per process")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
     add("--amp", choices=("auto", *DTYPES), default="auto", help="auto: on a GPU bf16 or, without it, fp16")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
+    if teacher:
+        # The published recipe, but for its updates of 4096 images: 8 processes of --batch-size 512, say.
+        parser.set_defaults(epochs=300, batch_size=256, blr=1.5e-4, min_lr=0.0, drop_path=0.1)
+        add = parser.add_argument_group("teacher").add_argument
+        add("--teacher", default="mae_base", help=f"{', '.join(TEACHERS)} (downloaded once), or a checkpoint")
+        add("--teacher-heads", type=int, help="attention heads, if the checkpoint does not record them")
+        add("--teacher-block", type=int, help="from 1 (default: the last, or at 3/4 of a deeper teacher)")
+        add("--teacher-drop-path", type=float, default=0.0, help="the paper tried it, and 0 is best (T13)")
+        add("--relations", nargs="+", metavar="PAIR", choices=[a + b for a in "qkv" for b in "qkv"],
+            default=["qq", "kk", "vv"], help="of q, k, v; the published numbers are with qk vv")
+        add("--relation-heads", type=int, help="default: the teacher's")
     return parser
 
 def run_name(path):
@@ -621,17 +631,7 @@ def run(parser, args, train):
         sys.exit(f"{parser.prog}: error: {advice[0]}")
 
 def main(argv=None):
-    parser = make_parser("tinymim.py", "Distil a small ViT from a large one that was pre-trained with MAE.")
-    # The published recipe, but for its updates of 4096 images: 8 processes of --batch-size 512, say.
-    parser.set_defaults(epochs=300, batch_size=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05, drop_path=0.1)
-    add = parser.add_argument_group("teacher").add_argument
-    add("--teacher", default="mae_base", help=f"{', '.join(TEACHERS)} (downloaded once), or a checkpoint")
-    add("--teacher-heads", type=int, help="attention heads, if the checkpoint does not record them")
-    add("--teacher-block", type=int, help="from 1; default: the last, or the one at 3/4 of a deeper teacher")
-    add("--teacher-drop-path", type=float, default=0.0, help="the paper tried it, and 0 is best (T13)")
-    add("--relations", nargs="+", choices=[a + b for a in "qkv" for b in "qkv"], default=["qq", "kk", "vv"],
-        metavar="PAIR", help="of q, k, v; the published numbers are with qk vv")
-    add("--relation-heads", type=int, help="default: the teacher's")
+    parser = make_parser("tinymim.py", "Distil a small ViT from a large MAE-pretrained one.", teacher=True)
     args = parser.parse_args(argv)
     args.out = args.out or os.path.join("runs", f"{args.student}-{run_name(args.teacher)}")
     run(parser, args, train)

@@ -94,7 +94,7 @@ def build(args):
 
 def main(argv=None):
     parser = tinymim.make_parser("extras/mae.py", "Pre-train a ViT with MAE.")
-    parser.set_defaults(epochs=800, batch_size=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05, drop_path=0.0)
+    parser.set_defaults(epochs=800, batch_size=256, blr=1.5e-4, min_lr=0.0, drop_path=0.0)
     add = parser.add_argument_group("MAE").add_argument
     add("--patch-size", type=int, default=16, help="in pixels (default: 16)")
     add("--mask-ratio", type=float, default=0.75, help="of the patches (default: 0.75)")
