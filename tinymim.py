@@ -249,7 +249,7 @@ def load_teacher(source, img_size=None, heads=None, drop_path=0.0):
     tensors, sizes, config = read_checkpoint(source, heads)
     teacher = ViT(**sizes | {"img_size": img_size or sizes["img_size"]}, drop_path=drop_path)
     load_weights(teacher, tensors, source)
-    teacher.relation_heads = config.get("relation_heads", teacher.heads)  # see TinyMIM
+    teacher.relation_heads = config.get("relation_heads") or teacher.heads  # see TinyMIM
     return teacher.requires_grad_(False)
 
 class TinyMIM(nn.Module):

@@ -1,216 +1,201 @@
-"""The paper's questions at small scale: what to distil from a teacher, and how, on any folder of labelled images.
+"""The paper's tables at small scale, on CIFAR-10 or on photos of your own.
 
-    python extras/study.py --data /path/to/cifar10        (train/ and val/, with a folder of images for each class in both)
-    python extras/study.py --data /path/to/cifar10 --smallest          (a trial of every row, in a minute and on a CPU)
+    python extras/study.py --data cifar10 --tune        (first: learning rates, on held-out training photos)
+    python extras/study.py --data cifar10 --tables T8   (then one table, some, or by default all)
+    python extras/study.py --smallest                   (a trial of every row, on a few drawn shapes)
 
-For every seed: a teacher is pre-trained by MAE, students learn from it in the ways of TABLE, each is fine-tuned, and its top-1
-on val/ after the last epoch counts: the best epoch would be chosen by the very images that measure it. Rows that need the same
-network share it. A stop costs no more than the epoch at hand: finished students are in OUT/results.json, and what is half
-done goes on in its folder. At the end a Markdown table is printed.
+A teacher is pre-trained with MAE. In each row a student learns from it in one way and is fine-tuned on a
+tenth of the labels or on all. Its top-1 on the test photos after the last epoch counts. OUT/results.json
+keeps what is finished; a stop costs an epoch. On a CPU, once there is a teacher, start one process for each core, with
+other --seeds and the same --out.
 """
 
-import json
+import argparse
+import functools
+import math
 import os
 import statistics
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import tinymim  # the first: it says what is not installed
-
 import torch
-from torchvision.datasets.folder import is_image_file
 
+import data
 import finetune
+import mae
+import shapes
+import targets
+import tinymim
 
-NETWORKS = {"teacher": (192, 12, 8), "assistant": (128, 12, 8), "student": (64, 12, 4)}  # width, depth, heads
-TEACHERS = {"teacher": "--target pixel", "assistant": ""}  # how they are pre-trained themselves
+NETWORKS = {"teacher": (192, 6, 6), "assistant": (144, 5, 6), "student": (96, 4, 3)}  # width, depth, heads
+SMALLEST = {"teacher": (24, 6, 6), "assistant": (12, 5, 3), "student": (12, 4, 3)}
 
-# The published learning rate, 1.5e-4 for each 256 images, is for batches of 4096. At a sixteenth of that the rate for AdamW
-# goes down with the square root only: to a quarter of 16 x 1.5e-4. The teacher's 8 heads are the relations', too.
-PRETRAINING = "--blr 6e-4 --decoder 128 4 4"
-DISTILLATION = "--teacher teacher --teacher-block 12 --target relation --relations qq kk vv --mask-ratio 0 --drop-path 0.1"
-
-TABLE = (  # question, row, tinymim.py's options where they differ from the above (None: no pre-training), what the paper found
-    ("target", "relation", "", "best"),
-    ("target", "feature", "--target feature", "worse than relations"),
-    ("target", "cls", "--target cls", "worse than relations"),
-    ("target", "pixel", "--target pixel", "MAE, no teacher: worse than distillation"),
-    ("target", "scratch", None, "worse than distillation"),
-    ("block, teacher as deep", "block-12", "", "the last is good"),
-    ("block, teacher as deep", "block-9", "--teacher-block 9", ""),
-    ("block, teacher deeper", "shallow-block-12", "--depth 6", "the last: worse"),
-    ("block, teacher deeper", "shallow-block-9", "--depth 6 --teacher-block 9", "at 3/4 of the depth: better"),
-    ("masked input", "masked-0", "", "better"),
-    ("masked input", "masked-0.75", "--mask-ratio 0.75", "worse"),
-    ("auxiliary MIM", "mim-none", "", "as good or better"),
-    ("auxiliary MIM", "mim-none-masked", "--mask-ratio 0.75", ""),  # MIM masks: what that does by itself
-    ("auxiliary MIM", "mim", "--target relation pixel --mask-ratio 0.75", "does not help"),
-    ("drop path", "drop-path-0", "--drop-path 0", "0 to 0.1 suits small students"),
-    ("drop path", "drop-path-0.1", "", "0 to 0.1 suits small students"),
-    ("drop path", "drop-path-0.3", "--drop-path 0.3", "worse"),
-    ("steps", "direct", "", "worse"),
-    ("steps", "sequential", "--teacher assistant", "better"),
-    ("relations", "qq-kk-vv", "", "MiniLMv2's choice"),
-    ("relations", "qk-vv", "--relations qk vv", "the paper's choice"),
+# Table, row, how its student is pre-trained (options of targets.py, or a word), top-1 in the paper (ViT-B; in
+# T8 and T11 ViT-T). A table's first row is what the others are compared with. The teacher has 6 blocks: 3, 4,
+# 5 and 6 stand for the paper's 12, 15, 21 and 24 of 24.
+ROWS = (
+    ("T8", "relation (qq kk vv)", "", 75.8),
+    ("T8", "relation (qk vv)", "--relations qk vv", 75.8),
+    ("T8", "feature", "--target output", 73.4),
+    ("T8", "class token", "--target cls", 70.6),
+    ("T8", "MAE", "mae", 71.6),
+    ("T8", "scratch", "scratch", 72.2),
+    ("T8", "the teacher itself", "teacher", None),
+    ("T10", "block 5", "", 84.8),
+    ("T10", "block 6", "--teacher-block 6", 84.4),
+    ("T10", "block 4", "--teacher-block 4", 84.1),
+    ("T10", "block 3", "--teacher-block 3", 83.6),
+    ("T12", "raw input", "", 84.6),
+    ("T12", "75% masked", "--mask-ratio 0.75", 83.9),
+    ("T12", "75% masked, and MAE's loss", "--mask-ratio 0.75 --mae", 84.0),
+    ("T13", "drop path 0, student 0.1", "", 84.6),
+    ("T13", "drop path 0, student 0", "--drop-path 0", 84.3),
+    ("T13", "drop path 0, student 0.2", "--drop-path 0.2", 84.3),
+    ("T13", "drop path 0, student 0.3", "--drop-path 0.3", 84.1),
+    ("T13", "drop path 0.1, student 0.1", "--teacher-drop-path 0.1", 83.9),
+    ("T7", "qk vv", "--relations qk vv", 84.6),
+    ("T7", "qk vv without softmax", "--relations qk vv --target logit", 84.4),
+    ("T7", "qq kk vv", "", 84.5),
+    ("T7", "qq kk vv without softmax", "--target logit", 84.4),
+    ("T6", "Q/K/V", "--target qkv", 84.3),
+    ("T6", "FFN", "--target ffn", 84.2),
+    ("T6", "attention", "--target attention", 84.1),
+    ("T6", "output", "--target output", 83.7),
+    ("T6", "FFN after the residual", "--target ffn-after", 81.8),
+    ("T6", "attention after the residual", "--target attention-after", 81.3),
+    ("T5", "MAE", "mae", 83.6),
+    ("T5", "class token", "--target cls", 80.6),
+    ("T5", "class token, and MAE's loss", "--target cls --mae", 82.1),
+    ("T11", "teacher → assistant → student", "--teacher assistant", 75.0),
+    ("T11", "teacher → student", "", 74.4),
 )
+METHODS = {"relation": "", "logit": "--target logit", "feature": "--target output", "cls": "--target cls",
+           "mae": "mae", "scratch": "scratch", "teacher": "teacher"}  # the rows by which --tune tunes
 
-FULL = dict(img_size=32, patch_size=4, mae_epochs=200, epochs=100, finetune_epochs=50, seeds=3)
-SMALLEST = FULL | dict(mae_epochs=1, epochs=1, finetune_epochs=1, seeds=1)
-FEW = 8  # images of each class, with --smallest
+def method_of(spec):
+    """Rows of one method share their learning rates."""
+    return next((name for name in ("mae", "scratch", "teacher", "cls", "logit") if name in spec.split()),
+                "feature" if "target" in spec else "relation")
 
-
-def run(main, folder, argv):
-    """main(argv) of tinymim.py or finetune.py with results in `folder`, from where an earlier run was cut off, if one was."""
-    resume = ["--resume"] if os.path.exists(os.path.join(folder, "last.pth")) else []
-    print(f"\n{'go on with' if resume else 'start'} {folder}", flush=True)
-    torch.compiler.reset()  # it gives up on code that it has compiled for several networks: let it forget those before
-    main([*argv, "--out", folder, *resume])
-
-
-def name_run(network, options, seed):
-    """Where a run lives below OUT. Its options make the name: the same ones are the same run, whichever row asks for it."""
-    words = "scratch" if options is None else options.replace("--", "")
-    return f"seed{seed}/" + "-".join([network, *words.split()])
-
+def rates_to_try(method):
+    """Six pairs for each method: --blr of pre-training, --blr of fine-tuning."""
+    if method in ("scratch", "teacher"):
+        return [(0, blr) for blr in (4e-3, 1e-3, 2e-3, 8e-3, 1.6e-2, 3.2e-2)]
+    half = 2 if method == "mae" else 1
+    return [(blr / half, fine) for blr in (4e-3, 2e-3, 8e-3) for fine in (4e-3, 8e-3)]
 
 def sizes(args, network):
-    width, depth, heads = NETWORKS[network]
-    width = width // 4 if args.smallest else width  # but as deep: TABLE has numbers of blocks
-    return f"--dim {width} --depth {depth} --heads {heads} --img-size {args.img_size} --patch-size {args.patch_size}".split()
+    dim, depth, heads = (SMALLEST if args.smallest else NETWORKS)[network]
+    return "--dim", dim, "--depth", depth, "--heads", heads
 
+def run(main, folder, *options):
+    """main(options) of one of the scripts, continued if it was stopped. Returns its history."""
+    checkpoint = os.path.join(folder, "last.pth")
+    resume = ["--resume"] if os.path.exists(checkpoint) else []
+    main([*map(str, options), "--out", folder, *resume])
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)["history"]
 
-def pretrain(args, network, options, seed):
-    """The checkpoint of a network pre-trained with these options of tinymim.py; first those it learns from are.
-
-    MAE takes --mae-epochs, on a student, too: that is what distillation has to beat, so it gets the longer training.
-    """
-    folder = os.path.join(args.out, name_run(network, options, seed))
-    if folder not in args.finished:
-        mae = options == "--target pixel"
-        words = f"{PRETRAINING} {'' if mae else DISTILLATION} {options}".split()  # of an option given twice the last counts
-        words = [pretrain(args, word, TEACHERS[word], seed) if word in TEACHERS else word for word in words]
-        epochs = str(args.mae_epochs if mae else args.epochs)
-        run(tinymim.main, folder, [*sizes(args, network), *words, *args.common, "--epochs", epochs, "--seed", str(seed)])
-        args.finished.add(folder)
+def pretrain(args, spec, folder, seed=0, blr=None, network="student"):
+    """Pre-train as `spec` says, unless that is done. Returns the checkpoint."""
+    options = [*sizes(args, network), "--data", os.path.join(args.out, "data", "all"), "--batch-size",
+               args.batch_size, "--blr", blr, "--seed", seed, *args.machine,
+               "--decoder", *((12, 1, 2) if args.smallest else (96, 2, 3))]
+    if spec == "mae":
+        epochs = args.teacher_epochs if network == "teacher" else args.mae_epochs
+        run(mae.main, folder, *options, "--patch-size", 4, "--img-size", 32, "--epochs", epochs)
+    else:
+        teachers = {name: os.path.join(args.out, name, "last.pth") for name in ("teacher", "assistant")}
+        words = [teachers.get(word, word) for word in ("--teacher teacher " + spec).split()]
+        run(targets.main, folder, *options, *words, "--epochs", args.distill_epochs)
     return os.path.join(folder, "last.pth")
 
-
-def accuracy(args, options, seed):
-    """The top-1, in percent, of the student that these options describe, pre-trained and fine-tuned.
-
-    From scratch it has as many epochs as the others are distilled and fine-tuned for.
-    """
-    folder = os.path.join(args.out, name_run("student", options, seed), "finetune")
-    if options is None:
-        start, epochs = ["none", *sizes(args, "student")], args.epochs + args.finetune_epochs
+def accuracy(args, spec, seed, labels, rates):
+    """Top-1 of one row: pre-train, fine-tune on OUT/data/`labels`/train, test on OUT/data/`labels`/val."""
+    name = spec.replace("--", "").replace(" ", "-") or "relation"
+    folder = os.path.join(args.out, f"{name}-seed{seed}-{rates[0]:g}{'-tune' * (labels == 'tune')}")
+    photos, batch = os.path.join(args.out, "data", labels), args.batch_size // 2
+    epochs, options = args.all_epochs if labels == "all" else args.few_epochs, ["--layer-decay", 0.75]
+    if spec == "scratch":  # as many updates as the row of MAE has in all
+        in_epoch = len(tinymim.find_images(os.path.join(photos, "train"))) // batch
+        epochs += math.ceil(args.mae_epochs * (args.images // args.batch_size) / in_epoch)
+        checkpoint = "none"
+        options = [*sizes(args, "student"), "--patch-size", 4, "--img-size", 32, "--layer-decay", 1]
+    elif spec == "teacher":
+        checkpoint = os.path.join(args.out, "teacher", "last.pth")
     else:
-        start, epochs = [pretrain(args, "student", options, seed)], args.finetune_epochs
-    run(finetune.main, folder, ["--checkpoint", *start, *args.common, "--epochs", str(epochs), "--seed", str(seed)])
-    with open(os.path.join(folder, "log.jsonl")) as file:
-        return json.loads(file.readlines()[-1])["top1"]
+        checkpoint = pretrain(args, spec, os.path.join(folder, "pretrain"), seed, rates[0])
+    history = run(finetune.main, os.path.join(folder, f"{labels}-{rates[1]:g}"), "--checkpoint", checkpoint,
+                  "--data", photos, "--epochs", epochs, "--batch-size", batch, "--blr", rates[1], "--seed",
+                  seed, "--drop-path", 0, "--augment", "crop", "--crop-scale", 0.5, *options, *args.machine)
+    return history[-1]["top1"]
 
-
-def check_data(folder):
-    """Leave with one line unless train/ and val/ have the same classes: fine-tuning would find out after hours of MAE."""
-    if not os.path.isdir(folder):
-        sys.exit(f"study.py: error: {folder}: no such folder of images")
-    for part in ("train", "val"):
-        if not os.path.isdir(os.path.join(folder, part)):
-            test = part == "val" and os.path.isdir(os.path.join(folder, "test"))
-            sys.exit(f"study.py: error: {folder} has no folder {part}: " + ("name its test/ val/" if test else
-                     "it needs train/ and val/, with a folder of images for each class"))
-    train, val = ({entry.name for entry in os.scandir(os.path.join(folder, part)) if entry.is_dir()} for part in ("train", "val"))
-    if train != val or len(train) < 2:
-        sys.exit(f"study.py: error: {folder}: train/ and val/ need the same two or more classes, a folder of images for each")
-
-
-def link_few(folder, few):
-    """Make `few` a folder like `folder`, of links to the first images of each class."""
-    for part in ("train", "val"):
-        for name in next(os.walk(os.path.join(folder, part)))[1]:
-            source, target = os.path.abspath(os.path.join(folder, part, name)), os.path.join(few, part, name)
-            os.makedirs(target, exist_ok=True)
-            for image in sorted(filter(is_image_file, os.listdir(source)))[:FEW]:
-                if not os.path.lexists(os.path.join(target, image)):
-                    os.symlink(os.path.join(source, image), os.path.join(target, image))
-
-
-def load_results(path, settings):
-    """What is in results.json, or none yet. Leaves with one line if it comes from other settings: a table must not mix them."""
-    if not os.path.exists(path):
-        return {"settings": settings, "top1": {}}
-    with open(path) as file:
-        results = json.load(file)
-    for name, value in settings.items():
-        old = results["settings"].get(name)
-        if old != value:
-            sys.exit(f"study.py: error: {path} comes from {name.replace('_', '-')} {old}, not {value}: name another --out")
-    return results
-
-
-def save_results(path, results):
-    with open(path + ".part", "w") as file:
-        json.dump(results, file, indent=1)
-    os.replace(path + ".part", path)  # whole at any moment
-
-
-def print_table(args, rows, top1):
-    """top1: {run: percent}. The deviation is that of single runs, each seed with a teacher of its own."""
-    print(f"\n| question | row | top-1, {args.seeds} seed{'s' * (args.seeds > 1)} | the paper finds |\n|---|---|---|---|")
-    for question, row, options, paper in rows:
-        values = [top1[name_run("student", options, seed)] for seed in range(args.seeds)]
-        deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        print(f"| {question} | {row} | {statistics.mean(values):.2f}{deviation} | {paper} |")
-    print("\nThese runs are too small to conclude anything from: they only show that every row works." if args.smallest else
-          "\nPercent on val/, mean ± standard deviation. Differences within the deviations, or of one seed, may be chance.")
-
-
-def study(args):
-    """Run what results.json lacks of the rows, seed by seed, and print the table."""
-    check_data(args.data)
-    os.makedirs(args.out, exist_ok=True)
-    path, few = os.path.join(args.out, "results.json"), os.path.join(args.out, "few")
-    settings = {name: getattr(args, name) for name in ("smallest", *FULL) if name != "seeds"}  # there may be more later
-    results = load_results(path, settings | {"data": os.path.abspath(args.data)})
-    save_results(path, results)
-    args.finished, args.common = set(), ["--data", args.data, "--batch-size", "256"]
-    if args.smallest:
-        link_few(args.data, few)
-        args.common = ["--data", few, "--batch-size", "16", "--workers", "0"]
-    args.common += ["--device", args.device] if args.device else []
-    rows = [entry for entry in TABLE if not args.rows or entry[1] in args.rows]
-    for seed in range(args.seeds):
-        for _, _, options, _ in rows:
-            name = name_run("student", options, seed)
-            if name not in results["top1"]:
-                results["top1"][name] = accuracy(args, options, seed)
-                save_results(path, results)
-    print_table(args, rows, results["top1"])
-
+def print_tables(results, tables):
+    """Markdown: mean ± deviation over the seeds, and each row less the first, here and in the paper."""
+    for table in tables:
+        rows = [row[1:] for row in ROWS if row[0] == table]
+        print(f"\n| {table} | paper | tenth of labels | all labels | less the first row: paper, tenth, all |")
+        print("|---" * 5 + "|")
+        for row, spec, paper in rows:
+            cells, less = [str(paper or "")], [f"{paper - rows[0][2]:+.1f}" if paper else "-"]
+            for labels in ("few", "all"):
+                values, first = ([top1 for key, top1 in results.items() if key.startswith(f"{labels}/{x}/")]
+                                 for x in (spec, rows[0][1]))
+                deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.1f}{deviation}" if values else "")
+                difference = statistics.mean(values) - statistics.mean(first) if values and first else None
+                less.append("-" if difference is None else f"{difference:+.1f}")
+            print(f"| {' | '.join([row, *cells, ', '.join(less)])} |")
 
 def main(argv=None):
-    parser = tinymim.Parser("study.py", "The paper's questions at small scale. --epochs: of distillation.")
-    add, rows = parser.add_argument, [row for _, row, _, _ in TABLE]
-    add("--data", required=True, metavar="FOLDER", help="with train/ and val/, a folder of images for each class in both")
-    add("--out", metavar="FOLDER", help="for all results; default: runs/study, with --smallest runs/study-smallest")
-    add("--rows", nargs="+", choices=rows, metavar="NAME", help="only these of " + ", ".join(rows))
-    for name, value in FULL.items():
-        add("--" + name.replace("_", "-"), type=int, metavar="N", help=f"default: {value}")
-    add("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu")
-    add("--smallest", action="store_true",
-        help=f"only try that all works: networks a quarter as wide, {FEW} images of each class, one epoch, one seed")
-    parser.set_defaults(**SMALLEST if parser.parse_args(argv).smallest else FULL)
+    parser = argparse.ArgumentParser("study.py", description="The paper's tables at small scale.")
+    add, tables = parser.add_argument, list(dict.fromkeys(row[0] for row in ROWS))
+    add("--data", help="cifar10 (downloaded to data/), or a folder with train/ and test/ or val/")
+    add("--out", default="runs/study", help="folder for everything (default: runs/study)")
+    add("--tables", nargs="+", choices=tables, default=tables, help="default: all")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of student and fine-tuning (default: 0 1 2)")
+    add("--labels", nargs="+", choices=("few", "all"), default=["few", "all"], help="a tenth of them, or all")
+    add("--tune", nargs="*", choices=METHODS, help="choose learning rates, of these methods or of all")
+    add("--print", action="store_true", help="only print the tables of OUT/results.json")
+    add("--smallest", action="store_true", help="try every row with tiny networks on a few drawn shapes")
+    for name, default in (("teacher", 60), ("mae", 16), ("distill", 5), ("few", 20), ("all", 10)):
+        add(f"--{name}-epochs", type=int, default=default, help=f"default: {default}")
+    add("--batch-size", type=int, default=128, help="of pre-training; half in fine-tuning (default: 128)")
     args = parser.parse_args(argv)
-    if min(getattr(args, name) for name in FULL) < 1:
-        parser.error("sizes, epochs and --seeds start at 1")
-    args.out = args.out or ("runs/study-smallest" if args.smallest else "runs/study")
-    try:
-        study(args)
-    except (OSError, json.JSONDecodeError) as error:  # of OUT: what tinymim.py and finetune.py meet they tell themselves
-        sys.exit(f"study.py: error: {args.out}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    path = os.path.join(args.out, "results.json")
+    if args.print:
+        return print_tables(data.results(path), args.tables)
+    if args.smallest:
+        args.data, args.batch_size, args.seeds = os.path.join(args.out, "shapes"), 16, [0]
+        args.teacher_epochs = args.mae_epochs = args.distill_epochs = args.few_epochs = args.all_epochs = 1
+        shapes.write(os.path.join(args.data, "train"), 160, seed=1, size=32)
+        shapes.write(os.path.join(args.data, "val"), 20, seed=2, size=32)
+    if not args.data:
+        parser.error("say which photos: --data cifar10, or a folder")
+    args.images = data.link_splits(data.cifar10() if args.data == "cifar10" else args.data, args.out)
+    args.machine = ["--workers", 0]
+    tinymim.decode = functools.cache(tinymim.decode)  # small photos fit in memory: decode them once
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too, which is slow for few tokens
+        args.machine += ["--amp", "bf16"] if torch.cpu._is_avx512_bf16_supported() else []
 
+    pretrain(args, "mae", os.path.join(args.out, "teacher"), blr=1.5e-3, network="teacher")
+    if args.tune is not None:  # with shorter pre-training, the same for all
+        args.mae_epochs, args.distill_epochs, args.labels, args.seeds = 6, 2, ["tune"], [0]
+    specs = [row[2] for row in ROWS if row[0] in args.tables]
+    specs = specs if args.tune is None else [METHODS[name] for name in args.tune or METHODS]
+    for labels in args.labels:
+        for seed, spec in [(seed, spec) for seed in args.seeds for spec in specs]:
+            method, found = method_of(spec), data.results(path)
+            names = {rates: f"tune/{method}/{rates[0]:g} {rates[1]:g}" for rates in rates_to_try(method)}
+            best = max(names, key=lambda rates: found.get(names[rates], 0))  # untuned: the first
+            for rates in names if labels == "tune" else [best]:
+                if "assistant" in spec:
+                    pretrain(args, "", os.path.join(args.out, "assistant"), 0, rates[0], "assistant")
+                key = names[rates] if labels == "tune" else f"{labels}/{spec}/{seed}"
+                if key not in data.results(path):
+                    data.results(path, key, accuracy(args, spec, seed, labels, rates))
+    print_tables(data.results(path), args.tables)
 
 if __name__ == "__main__":
     main()
