@@ -486,7 +486,7 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
             bar.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
             with open(log, "w") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in history)
-            parts = {name: t for name, t in objective.state_dict().items() if not name.startswith("teacher.")}
+            parts = {name: t for name, t in objective.state_dict().items() if "teacher." not in name}
             checkpoint = dict(model=model.state_dict(), config=model.config, objective=parts, epoch=epoch + 1,
                               optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), history=history,
                               args=vars(args))
@@ -520,13 +520,13 @@ def draw_relations(objective, crops, folder):
     cells = [cell for row in zip(*columns.values()) for cell in row]
     save_image(cells, os.path.join(folder, "relations.png"), nrow=len(columns), pad_value=1.0)
 
-def build(args):
+def build(args, objective=TinyMIM):
     """The objective that the options describe: a new student, and the teacher that it learns from."""
     teacher = load_teacher(args.teacher, args.img_size, args.teacher_heads, args.teacher_drop_path)
     dim, depth, heads = STUDENTS[args.student]
     student = ViT(args.dim or dim, args.depth or depth, args.heads or heads, teacher.config["patch_size"],
                   teacher.img_size, args.drop_path)
-    return TinyMIM(student, teacher, args.teacher_block, args.relation_heads, args.relations)
+    return objective(student, teacher, args.teacher_block, args.relation_heads, args.relations)
 
 def train(args, build=build, draw=draw_relations):
     """What the command does. To distil something else, pass another build(args): it returns a module with a
@@ -630,11 +630,11 @@ def run(parser, args, train):
             raise
         sys.exit(f"{parser.prog}: error: {advice[0]}")
 
-def main(argv=None):
+def main(argv=None, build=build, draw=draw_relations):
     parser = make_parser("tinymim.py", "Distil a small ViT from a large MAE-pretrained one.", teacher=True)
     args = parser.parse_args(argv)
     args.out = args.out or os.path.join("runs", f"{args.student}-{run_name(args.teacher)}")
-    run(parser, args, train)
+    run(parser, args, lambda args: train(args, build, draw))
 
 if __name__ == "__main__":
     main()

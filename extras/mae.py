@@ -54,15 +54,16 @@ class Decoder(nn.Module):
         x = pick(torch.cat([x, masked], dim=1), rank) + self.pos_embed
         return self.pred(self.norm(self.blocks(x)))[:, 1:]
 
-def pixel_loss(predicted, images, masked):
-    """Mean squared error over the masked patches (B, P), of pixels normalised patch by patch.
+def pixel_loss(predicted, images, masked, normalize=True):
+    """Mean squared error over the masked patches (B, P), by default of pixels normalised patch by patch.
 
     predicted: (B, P, p² * 3) for patches of p x p pixels, each pixel's three colours together.
     """
     grid, p = math.isqrt(predicted.shape[1]), math.isqrt(predicted.shape[2] // 3)
     target = images.unflatten(3, (grid, p)).unflatten(2, (grid, p)).permute(0, 2, 4, 3, 5, 1)
     target = target.flatten(3).flatten(1, 2)  # (B, P, p² * 3)
-    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    if normalize:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     error = (predicted - target).square().mean(-1)  # (B, P)
     return (error * masked).sum() / masked.sum()
 

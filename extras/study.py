@@ -6,8 +6,8 @@
 
 A teacher is pre-trained with MAE. In each row a student learns from it in one way and is fine-tuned on a
 tenth of the labels or on all. Its top-1 on the test photos after the last epoch counts. OUT/results.json
-keeps what is finished; a stop costs an epoch. On a CPU, once there is a teacher, start one process for each core, with
-other --seeds and the same --out.
+keeps what is finished; a stop costs an epoch. On a CPU, once there is a teacher, start one process for each core,
+with other --seeds and the same --out.
 """
 
 import argparse

@@ -7,6 +7,7 @@ attention-after, ffn, ffn-after, qkv (features, T6). --mask-ratio 0.75 hides pat
 --mae adds MAE's own loss (T5, T12). All other options are those of tinymim.py.
 """
 
+import functools
 import os
 import sys
 
@@ -121,16 +122,13 @@ class WithMAE(nn.Module):
 
 def build(args):
     """The objective of --target. Student, teacher and its block are those of tinymim.build."""
-    objective = tinymim.build(args)
-    student, teacher, block = objective.student, objective.teacher, objective.teacher_block
-    options = dict(teacher_block=block, relation_heads=objective.relation_heads, pairs=args.relations)
     if args.mask_ratio and args.target != "relation":
         raise UserError("--mask-ratio goes with --target relation")
-    if args.target == "logit":
-        objective = LogitRelation(student, teacher, **options)
-    elif args.target == "relation" and args.mask_ratio:
-        objective = MaskedRelation(student, teacher, mask_ratio=args.mask_ratio, **options)
-    elif args.target == "cls":
+    masked = functools.partial(MaskedRelation, mask_ratio=args.mask_ratio)
+    kind = LogitRelation if args.target == "logit" else masked if args.mask_ratio else TinyMIM
+    objective = tinymim.build(args, kind)
+    student, teacher, block = objective.student, objective.teacher, objective.teacher_block
+    if args.target == "cls":
         objective = ClassToken(student, teacher)
     elif args.target in FEATURES:
         block = teacher.depth if args.target == "output" and not args.teacher_block else block

@@ -1,0 +1,268 @@
+"""Tests of what is in extras/: python -m pytest
+
+The golden numbers of MAE were computed in float64 by its authors' code, on weights and images that a formula fills.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+import data
+import finetune
+import mae
+import shapes
+import study
+import targets
+import tinymim
+from test_tinymim import fill, filled
+from tinymim import UserError, ViT, relation_loss
+
+SMALL = dict(dim=24, depth=3, heads=2, patch_size=8, img_size=32)
+WIDER = dict(dim=48, depth=4, heads=4, patch_size=8, img_size=32)
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Drawn shapes: train/ of 40, and test/ of 20, in ten classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    shapes.write(folder / "train", 40, seed=1, size=32)
+    shapes.write(folder / "test", 20, seed=2, size=32)
+    return folder
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    """A small teacher that MAE could have left."""
+    torch.manual_seed(0)
+    path, vit = tmp_path_factory.mktemp("teacher") / "teacher.pth", ViT(**WIDER)
+    torch.save({"model": vit.state_dict(), "config": vit.config}, path)
+    return path
+
+def networks():
+    """Student, teacher, the student's and the teacher's view: random, in float64."""
+    torch.manual_seed(0)
+    images = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64)
+    return ViT(**SMALL).double(), ViT(**WIDER).double().requires_grad_(False), images[0], images[1]
+
+def script(name, *options):
+    """Run a script of extras/ in a process of its own. Returns what it printed."""
+    command = [sys.executable, os.path.join(HERE, name), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+# ---- MAE ---------------------------------------------------------------------------------------------------
+
+def test_golden_mae():
+    """Both losses, the latent, the prediction, and which patches are masked."""
+    objective = mae.MAE(ViT(768, 12, 12), 0.75, (512, 8, 16))
+    student = filled(objective.student, "mae.")
+    for name, parameter in filled(objective.decoder, "").named_parameters():
+        if name != "pos_embed":
+            u = fill("mae." + ("" if name == "mask_token" else "decoder_") + name, *parameter.shape)
+            parameter.data = 1 + 0.1 * u if "norm" in name and name.endswith("weight") else 0.08 * u
+    images, noise = 2 * fill("images", 2, 3, 224, 224), (fill("noise", 2, 196) + 1) / 2
+    keep, rank = mae.random_mask(noise, 0.75)
+    assert keep.shape == (2, 49)
+    assert (rank >= 49)[0, :12].int().tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1]
+    with torch.no_grad():
+        latent = mae.pick(student.embed(images), keep)
+        for block in student.blocks:
+            latent = block(latent)
+        latent = student.norm(latent)
+        predicted = objective.decoder(latent, rank)
+        for token, expected in [
+            (latent[0, 0], [-1.2372945736024303, 1.3275049180791632, 0.29686112952499166, 0.6050384389018685]),
+            (latent[1, 49], [0.08466664362994984, -1.8442532026117107, 0.6007483638902401, -0.08477623316288894]),
+            (predicted[0, 7], [1.0195772945072776, -0.6500561337543378, -0.07632810800078133, -1.8124896853005208]),
+        ]:
+            assert token[:4].tolist() == pytest.approx(expected, abs=1e-9)
+        loss = objective(None, images, noise)["pixel"]
+        raw = mae.pixel_loss(predicted, images, rank >= 49, normalize=False)
+    assert loss.item() == pytest.approx(2.101066305076665, abs=1e-9)
+    assert raw.item() == pytest.approx(2.437229215615145, abs=1e-9)
+
+def test_random_mask_and_pick_bring_every_patch_back_to_its_place():
+    torch.manual_seed(0)
+    noise, tokens = torch.rand(3, 16), torch.randn(3, 17, 4)
+    keep, rank = mae.random_mask(noise, 0.75)
+    assert keep.shape == (3, 4) and ((rank < 4).sum(1) == 4).all()
+    by_noise = mae.pick(tokens, noise.argsort(dim=1))
+    torch.testing.assert_close(mae.pick(by_noise, rank), tokens, rtol=0, atol=0)
+    torch.testing.assert_close(mae.pick(tokens, keep), by_noise[:, :5], rtol=0, atol=0)
+
+@pytest.mark.parametrize("ratio", [0, 0.99, 1])
+def test_a_mask_ratio_that_leaves_nothing(ratio):
+    with pytest.raises(UserError, match="leaves nothing"):
+        mae.MAE(ViT(**SMALL), ratio)
+
+def test_mae_then_distillation_then_finetuning(pictures, tmp_path):
+    """A teacher of one's own, and a resumed run that is the uninterrupted one, decoder and masks included."""
+    common = ["--data", str(pictures), "--batch-size", "8", "--workers", "0", "--device", "cpu"]
+    pretrain = ["--dim", "24", "--depth", "3", "--heads", "2", "--patch-size", "8", "--img-size", "32", "--decoder",
+                "16", "1", "2", "--blr", "0.01", "--warmup-epochs", "0.5", *common]
+    mae.main([*pretrain, "--epochs", "3", "--out", str(tmp_path / "mae")])
+    saved = torch.load(tmp_path / "mae" / "last.pth", weights_only=True)
+    assert saved["history"][-1]["pixel"] < saved["history"][0]["pixel"]
+    assert saved["model"].keys() == ViT(**SMALL).state_dict().keys() and "decoder.pred.weight" in saved["objective"]
+
+    original = torch.save
+    torch.save = lambda content, path: original(content, path) if content["epoch"] < 3 else sys.exit("killed")
+    with pytest.raises(SystemExit, match="killed"):
+        mae.main([*pretrain, "--epochs", "3", "--out", str(tmp_path / "again")])
+    torch.save = original
+    mae.main([*pretrain, "--epochs", "3", "--out", str(tmp_path / "again"), "--resume"])
+    resumed = torch.load(tmp_path / "again" / "last.pth", weights_only=True)
+    for name, tensor in saved["objective"].items():
+        torch.testing.assert_close(resumed["objective"][name], tensor, rtol=0, atol=0)
+
+    student = ["--student", "nano", "--dim", "12", "--heads", "2", "--epochs", "1", *common]
+    tinymim.main([*student, "--teacher", str(tmp_path / "mae" / "last.pth"), "--out", str(tmp_path / "student")])
+    finetune.main(["--checkpoint", str(tmp_path / "student" / "last.pth"), "--epochs", "1", "--out",
+                   str(tmp_path / "tuned"), *common, "--data", str(link(pictures, tmp_path / "labelled"))])
+    assert 0 <= torch.load(tmp_path / "tuned" / "last.pth", weights_only=True)["history"][0]["top1"] <= 100
+
+def link(pictures, folder):
+    """The pictures as finetune.py wants them, with val/ for test/."""
+    folder.mkdir()
+    os.symlink(pictures / "train", folder / "train")
+    os.symlink(pictures / "test", folder / "val")
+    return folder
+
+# ---- Other targets -----------------------------------------------------------------------------------------
+
+def test_class_token():
+    """KL between two softmaxes over channels, spelt out."""
+    student, teacher, seen, clean = networks()
+    objective = targets.ClassToken(student, teacher).double()
+    p = teacher(clean)[:, 0].float().softmax(-1).double()
+    q = (student(seen)[:, 0] @ objective.map.weight.T + objective.map.bias).float().softmax(-1).double()
+    expected = (p * (p / q).log()).sum(-1).mean()
+    assert objective(seen, clean)["cls"].item() == pytest.approx(expected.item(), abs=1e-6)
+
+@pytest.mark.parametrize("name", targets.FEATURES)
+def test_features(name):
+    """Smooth-L1 with beta 2 to what a block of the teacher makes, less its mean and over its deviation, spelt out."""
+    student, teacher, seen, clean = networks()
+    objective = targets.Feature(student, teacher, name, block=3).double()
+    x = teacher.embed(clean)
+    for block in teacher.blocks[:2]:
+        x = block(x)
+    block = teacher.blocks[2]
+    attention = block.attn(block.norm1(x))
+    ffn = block.mlp(block.norm2(x + attention))
+    target = {"output": [block(x)], "attention": [attention], "attention-after": [x + attention], "ffn": [ffn],
+              "ffn-after": [block(x)], "qkv": block.qkv(x)}[name]
+    target = [(t - t.mean(-1, keepdim=True)) / (t.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() for t in target]
+    difference = (student(seen) @ objective.map.weight.T + objective.map.bias - torch.cat(target, -1)).abs()
+    expected = torch.where(difference < 2, difference**2 / 4, difference - 1).mean()
+    assert objective(seen, clean)["feature"].item() == pytest.approx(expected.item(), abs=1e-6)
+
+def test_relations_without_softmax():
+    student, teacher, seen, clean = networks()
+    losses = targets.LogitRelation(student, teacher, 3, 4, ("qk", "vv"))(seen, clean)
+    for pair, (i, j) in {"qk": (0, 1), "vv": (2, 2)}.items():
+        logits = []
+        for qkv, width in ((student.qkv(seen, 3), 6), (teacher.qkv(clean, 3), 12)):
+            a, b = (x.split(width, dim=2) for x in (qkv[i], qkv[j]))
+            logits.append(torch.stack([a[head] @ b[head].mT for head in range(4)]) / width**0.5)
+        expected = (logits[0] - logits[1]).square().mean().item()
+        assert losses[pair].item() == pytest.approx(expected, rel=1e-5)
+
+def test_masked_relation_is_the_relation_of_the_visible_tokens():
+    student, teacher, seen, clean = networks()
+    noise = torch.rand(2, 16)
+    objective = targets.MaskedRelation(student, teacher, 3, 4, mask_ratio=0.5)
+    keep, _ = mae.random_mask(noise, 0.5)
+    qkv = []
+    for vit, images in ((student, seen), (teacher, clean)):
+        tokens = vit.patch_embed(images).flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
+        tokens = torch.stack([tokens[i][keep[i]] for i in range(2)])
+        tokens = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(2, -1, -1), tokens], dim=1)
+        for block in vit.blocks[:2]:
+            tokens = block(tokens)
+        qkv.append(vit.blocks[2].qkv(tokens))
+    expected, losses = relation_loss(*qkv, 4), objective(seen, clean, noise)
+    assert qkv[0][0].shape == (2, 9, 24) and losses.keys() == expected.keys()
+    for name in losses:
+        torch.testing.assert_close(losses[name], expected[name], rtol=0, atol=0)
+
+OPTIONS = [["--target", name] for name in ("relation", "logit", "cls", *targets.FEATURES)] + [
+    ["--mask-ratio", "0.5"], ["--mask-ratio", "0.5", "--mae"], ["--target", "cls", "--mae"]]
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_every_target_trains(options, pictures, teacher_file, tmp_path):
+    """From the command line: fit() itself checks that the losses reach all that is to be trained."""
+    targets.main(["--student", "nano", "--dim", "24", "--heads", "2", "--teacher", str(teacher_file), "--data",
+                  str(pictures), "--batch-size", "8", "--workers", "0", "--device", "cpu", "--epochs", "4", "--blr",
+                  "0.02", "--decoder", "16", "1", "2", "--out", str(tmp_path), *options])
+    saved = torch.load(tmp_path / "last.pth", weights_only=True)
+    losses = [record["loss"] for record in saved["history"]]
+    assert losses[-1] < losses[0]
+    assert not any("teacher." in name for name in saved["objective"])
+
+def test_what_targets_do_not_take(teacher_file, pictures, tmp_path, capsys):
+    for options, says in ((["--target", "cls", "--mask-ratio", "0.5"], "goes with --target relation"),
+                          (["--mask-ratio", "1"], "leaves no relations")):
+        with pytest.raises(SystemExit) as stopped:
+            targets.main(["--student", "nano", "--dim", "24", "--heads", "2", "--teacher", str(teacher_file),
+                          "--data", str(pictures), "--out", str(tmp_path / "x"), "--device", "cpu", *options])
+        assert says in str(stopped.value) and "\n" not in str(stopped.value)
+
+# ---- The study, the demo, the benchmark --------------------------------------------------------------------
+
+def test_splits_share_no_photo_and_end_at_the_right_ones(pictures, tmp_path):
+    assert data.link_splits(str(pictures), str(tmp_path)) == 40
+
+    def photos(part):
+        found = tinymim.find_images(str(tmp_path / "data" / part))
+        return {os.path.realpath(os.fsdecode(path)) for path in found}
+
+    few, held_out = photos("tune/train"), photos("tune/val")
+    assert few == photos("few/train") and len(few) == len(held_out) == 10 and not few & held_out
+    assert photos("few/val") == photos("all/val") == {str(path) for path in pictures.glob("test/*/*")}
+    assert photos("all/train") == {str(path) for path in pictures.glob("train/*/*")}
+
+def test_results_keep_what_others_wrote(tmp_path):
+    path = str(tmp_path / "results.json")
+    data.results(path, "few//0", 50.0)
+    data.results(path, "few//1", 52.0)
+    assert data.results(path) == json.loads((tmp_path / "results.json").read_text()) == {"few//0": 50.0, "few//1": 52.0}
+
+def test_tables_compare_with_the_first_row(capsys):
+    found = {"few//0": 70.0, "few//1": 72.0, "few/--target cls/0": 60.0, "few/--target cls --mae/0": 99.0}
+    study.print_tables(found, ["T8"])
+    rows = dict(line.strip("| ").split(" | ", 1) for line in capsys.readouterr().out.splitlines()[3:])
+    assert rows["relation (qq kk vv)"].startswith("75.8 | 71.0 ± 1.4 |  |")
+    assert rows["class token"] == "70.6 | 60.0 |  | -5.2, -11.0, -"
+
+def test_rows_of_one_method_share_their_rates():
+    assert [study.method_of(spec) for _, _, spec, _ in study.ROWS if spec in study.METHODS.values()]
+    assert all(study.method_of(spec) == name for name, spec in study.METHODS.items())
+    assert study.method_of("--teacher assistant") == study.method_of("--relations qk vv") == "relation"
+    assert all(len(study.rates_to_try(name)) == 6 for name in study.METHODS)
+
+def test_every_row_of_the_study_works(tmp_path):
+    """At its smallest; what is finished is not run again."""
+    first = script("study.py", "--smallest", "--out", tmp_path)
+    again = script("study.py", "--smallest", "--out", tmp_path)
+    rows = [line for line in again.splitlines() if line.startswith("| ")]
+    assert len(rows) == len(study.ROWS) + len({row[0] for row in study.ROWS})
+    assert rows == [line for line in first.splitlines() if line.startswith("| ")]
+    assert all("|  |" not in row for row in rows if "teacher itself" not in row)  # every number is there
+    assert "epoch 1 " in first and "epoch 1 " not in again.split("| T8")[0].split("results in")[-1]
+
+def test_the_demos_teacher_and_its_pictures(tmp_path):
+    path = os.path.join(os.path.dirname(HERE), "assets", "shapes_teacher.pth")
+    assert os.path.getsize(path) < 3e6
+    teacher = tinymim.load_teacher(path)
+    assert teacher.config == dict(dim=128, depth=6, heads=4, patch_size=6, img_size=36)
+    for name in ("a", "b"):
+        script("shapes.py", tmp_path / name, "--train", 20, "--val", 10)
+    drawn = sorted((tmp_path / "a").rglob("*.png"))
+    assert len(drawn) == 30 and len({picture.parent.name for picture in drawn}) == 10
+    assert all(x.read_bytes() == (tmp_path / "b" / x.relative_to(tmp_path / "a")).read_bytes() for x in drawn)
