@@ -3,7 +3,7 @@
     python finetune.py --checkpoint runs/tiny-mae_base/last.pth --data /path/to/imagenet
     python finetune.py --checkpoint runs/finetune-tiny-mae_base/best.pth --data /path/to/imagenet --eval
 
---data holds train/ and val/, both with a folder of images for each class. The recipe is MAE's and TinyMIM's.
+--data holds train/ and val/, both with a folder of images for each class. RECIPES says whose the recipes are.
 The ViT, the data set and the training loop are those of tinymim.py.
 """
 
@@ -53,10 +53,10 @@ class Classifier(ViT):
         return self.head(self.head_norm(pooled))
 
 def build(args, classes=None):
-    """The classifier of these classes that --checkpoint starts; without classes, the one that it holds.
+    """A classifier of these classes, initialised from --checkpoint; without classes, the checkpoint's own.
 
-    What a distilled student has not learnt starts from its initial weights: the rest of its last block after
-    the qkv, and the norm before the head (fc_norm; the student's own final norm was not trained either).
+    After distillation these start untrained: the head, the norm before it (fc_norm), and what was frozen, the
+    student's last block after its qkv.
     """
     tensors, config = {}, {}
     sizes = dict(zip(("dim", "depth", "heads"), STUDENTS[args.student]))
@@ -69,7 +69,7 @@ def build(args, classes=None):
         kind = dict(num_classes=len(classes), pool=args.pool, probe=args.freeze)
         if config.get("classes") != classes:
             tensors = {name: t for name, t in tensors.items() if not name.startswith("head")}
-    elif "head.weight" in tensors:
+    elif "head.weight" in tensors:  # by its names: MAE's own checkpoints have no config
         kind = dict(num_classes=len(tensors["head.weight"]), probe="head_norm.running_mean" in tensors,
                     pool="token" if "norm.weight" in tensors else "avg")
     else:
@@ -77,6 +77,7 @@ def build(args, classes=None):
     model = Classifier(**sizes, **kind, drop_path=args.drop_path)
     model.config["classes"] = classes or config.get("classes")
     if tensors:
+        # num_batches_tracked is an integer, which read_checkpoint leaves out.
         new = ("head", "fc_norm") if classes else "head_norm.num_batches_tracked"
         initial = {name: t for name, t in model.state_dict().items() if name.startswith(new)}
         tinymim.load_weights(model, initial | tensors, args.checkpoint)
@@ -100,7 +101,7 @@ class Supervised(nn.Module):
 AUGMENTATIONS = {
     # timm's rand-m9-mstd0.5-inc1, mixup and cutmix, as in MAE and TinyMIM.
     "strong": dict(randaugment=27, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
-    # What MAE-Lite found good for ViT-Tiny: a network this small cannot even fit what is augmented strongly.
+    # What MAE-Lite found good for ViT-Tiny: a network this small underfits strongly augmented images.
     "light": dict(randaugment=30, erasing=0.0, mixup=0.2, cutmix=0.0, smoothing=0.0),
     # Crops and flips only: for linear probes, and few or small images.
     "crop": dict(randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0),
@@ -155,8 +156,8 @@ class Augment:
 # ---- 3. Optimisation ---------------------------------------------------------------------------------------
 
 # Base: as the authors publish it, for updates of 1024 images. Tiny: MAE-Lite's. Small: our choice, as the
-# authors say no more than "a higher learning rate and larger batch size". Probe: MAE's, but for SGD: it has
-# updates of 16,384 images, and LARS, which is made for them.
+# authors say no more than "a higher learning rate and larger batch size". Probe: MAE's, with SGD
+# instead of LARS, which is meant for MAE's updates of 16,384 images. Scratch: our choice.
 RECIPES = {
     "tiny": dict(epochs=300, blr=1e-3, layer_decay=0.85, drop_path=0.0, augment="light"),
     "small": dict(epochs=200, blr=1e-3, layer_decay=0.75, drop_path=0.1),
@@ -208,7 +209,7 @@ def make_eval_loader(paths, labels, img_size, args):
 def evaluate(model, loader, args, columns=None):
     """{"top1", "top5": percent, "val_loss": mean cross-entropy} over the images of all processes.
 
-    columns: the model's outputs for labels 0, 1, ..., if it knows more classes. It then chooses among these.
+    columns: the outputs to choose among, those of labels 0, 1, ..., if the model has more classes.
     """
     model.eval()
     if WORLD > 1:
@@ -239,8 +240,8 @@ def run_evaluation(model, args, folder):
     paths, labels, classes = read_folder(folder)
     known = read_folder(args.class_names)[2] if args.class_names else model.config["classes"] or classes
     if len(known) != model.head.out_features or not set(classes) <= set(known):
-        raise UserError(f"{folder} has {len(classes)} classes, the model {model.head.out_features}, which "
-                        f"are not known: name a folder that has them all with --class-names")
+        raise UserError(f"not all of the {len(classes)} classes in {folder} are known to be of the model's "
+                        f"{model.head.out_features}: name a folder that has them all with --class-names")
     columns = torch.tensor([known.index(name) for name in classes], device=args.device)
     result = evaluate(model, make_eval_loader(paths, labels, model.img_size, args), args, columns)
     if RANK == 0:
@@ -299,7 +300,7 @@ def main(argv=None):
     add("--augment", choices=AUGMENTATIONS, help="crop: crops and flips only, for few or small images")
     add("--crop-scale", type=float, default=0.08, help="smallest area of a random crop (default: 0.08)")
     add("--eval", action="store_true", help="only evaluate a fine-tuned checkpoint on --data")
-    add("--class-names", help="a folder with one for each class, if the checkpoint does not record them")
+    add("--class-names", help="folder with a subfolder for each class, for other checkpoints")
     args = parser.parse_args(argv)
     kind = "scratch" if args.checkpoint == "none" else "probe" if args.freeze else "finetune"
     start = args.student if args.checkpoint == "none" else tinymim.run_name(args.checkpoint)

@@ -1,7 +1,6 @@
 """TinyMIM in one file: distil a small Vision Transformer from a large one that was pre-trained with MAE.
 
     python tinymim.py --student tiny --teacher mae_base --data /path/to/imagenet
-    torchrun --nproc-per-node 8 tinymim.py --student tiny --teacher mae_base --data /path/to/imagenet
 
 Paper: Ren, Wei, Zhang, Hu. TinyMIM: An Empirical Study of Distilling MIM Pre-Trained Models. CVPR 2023,
 https://arxiv.org/abs/2301.01296 ("T7" below is its Table 7). The method, where a and b are two of a block's
@@ -11,7 +10,7 @@ queries, keys and values, (N, D) each, split into h heads:
     loss = sum over the pairs ab of KL(teacher's R_ab || student's R_ab)
 
 R is N x N whatever D is. That is the trick: a student 192 wide imitates a teacher 1024 wide, and it needs no
-projection. Nothing is masked: that was the teacher's pre-training. Both networks see the whole image.
+projection. Nothing is masked (T12): that was the teacher's pre-training. Both see the whole image.
 """
 
 import argparse
@@ -64,8 +63,8 @@ def relation(a, b, relation_heads):
     if a.ndim != 3 or a.shape[2] % relation_heads:
         raise ValueError(f"{tuple(a.shape)} is not (B, N, D) with D divisible by {relation_heads} heads")
     with torch.autocast(a.device.type, enabled=False):
-        # At least float32 (TF32 in the product on a GPU): in 16 bits logits can overflow. And log_softmax:
-        # softmax().log() can underflow to -inf.
+        # At least float32 (TF32 in the product on a GPU): in 16 bits logits can overflow. By log_softmax,
+        # because softmax().log() can underflow to -inf.
         dtype = torch.promote_types(a.dtype, torch.float32)
         a = a.to(dtype).unflatten(2, (relation_heads, -1)).transpose(1, 2)  # (B, h, N, D/h)
         b = b.to(dtype).unflatten(2, (relation_heads, -1)).transpose(1, 2)
@@ -75,8 +74,8 @@ def relation(a, b, relation_heads):
 def relation_loss(student_qkv, teacher_qkv, relation_heads, pairs=("qq", "kk", "vv")):
     """KL(teacher's relation || student's), the mean over images, heads and rows: {pair: scalar}.
 
-    student_qkv, teacher_qkv: queries, keys and values of one block, (B, N, D) each. B and N are those of both
-    networks. D may differ: both are split into `relation_heads`, whatever their own attention heads are.
+    student_qkv, teacher_qkv: queries, keys and values of one block, (B, N, D) each. B and N must be equal in
+    both networks. D may differ: both are split into `relation_heads`, whatever their own attention heads are.
     """
     student, teacher = dict(zip("qkv", student_qkv)), dict(zip("qkv", teacher_qkv))
     if student["q"].shape[:2] != teacher["q"].shape[:2]:
@@ -150,7 +149,7 @@ class ViT(nn.Module):
     def __init__(self, dim, depth, heads, patch_size=16, img_size=224, drop_path=0.0):
         super().__init__()
         if dim % 4 or dim % heads or img_size % patch_size:
-            raise UserError(f"{dim} must be divisible by 4 and by {heads}, {img_size} pixels by {patch_size}")
+            raise UserError(f"{dim} must be divisible by 4 and {heads} heads, {img_size} by {patch_size}")
         self.config = dict(dim=dim, depth=depth, heads=heads, patch_size=patch_size, img_size=img_size)
         self.dim, self.depth, self.heads, self.img_size = dim, depth, heads, img_size
         self.grid = img_size // patch_size  # patches per side
@@ -193,14 +192,15 @@ class ViT(nn.Module):
 
 TEACHERS = {f"mae_{size}": f"https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{size}.pth"
             for size in ("base", "large", "huge")}  # MAE's published encoders. Huge has patches of 14 pixels.
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width: MAE's checkpoints do not record them
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of timm's ViTs of that width, where nothing else says
 
 def read_checkpoint(source, heads=None):
     """Read a name in TEACHERS (downloaded once) or a file: MAE's, the authors', ours, or a bare state dict.
 
     Returns {name: tensor}, the arguments of the ViT that they fit, and the config that our checkpoints have.
     """
-    url, safe = TEACHERS.get(source), dict(map_location="cpu", weights_only=True)  # no code in it is run
+    url = TEACHERS.get(source)
+    safe = dict(map_location="cpu", weights_only=True)  # runs no code from the file
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and the authors save their options
             content = torch.hub.load_state_dict_from_url(url, **safe) if url else torch.load(source, **safe)
@@ -208,7 +208,7 @@ def read_checkpoint(source, heads=None):
         if url and not isinstance(error, OSError):  # an incomplete download
             os.remove(os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url)))
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"cannot load {source}, a file or one of {', '.join(TEACHERS)} ({reason})") from error
+        raise UserError(f"cannot load {source} ({reason}): a file, or {', '.join(TEACHERS)}") from error
     try:
         tensors, config = content.get("model", content), content.get("config") or {}
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()
@@ -220,7 +220,7 @@ def read_checkpoint(source, heads=None):
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     heads = heads or config.get("heads") or HEADS.get(dim)
     if not heads:
-        raise UserError(f"{source}: how many attention heads has it? See --teacher-heads and --heads")
+        raise UserError(f"{source}: the number of attention heads is not known: --teacher-heads or --heads")
     return tensors, dict(dim=dim, depth=depth, heads=heads, patch_size=patch_size, img_size=img_size), config
 
 def resize_pos_embed(pos_embed, grid):
@@ -233,21 +233,21 @@ def resize_pos_embed(pos_embed, grid):
     return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 def load_weights(vit, tensors, source):
-    """Copy a checkpoint's tensors into the ViT. A decoder or another head in it is left out."""
-    own = vit.state_dict()  # but all of its blocks counts: a layer scale must not get lost silently
+    """Copy a checkpoint's {name: tensor} into the ViT. A decoder or another head in it is left out."""
+    own = vit.state_dict()  # of blocks, all is kept: something unknown, as a layer scale, must raise an error
     tensors = {name: t for name, t in tensors.items() if name in own or name.startswith("blocks.")}
     tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], vit.grid)
     try:
         vit.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{source} is not a plain ViT: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{source} does not fit a plain ViT: {' '.join(str(error).split())[:200]}") from error
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError(f"{source} is broken: it has values that are not finite")
 
 def load_teacher(source, img_size=None, heads=None, drop_path=0.0):
     """A frozen ViT from a file or a name in TEACHERS, for images of img_size (default: the checkpoint's)."""
     tensors, sizes, config = read_checkpoint(source, heads)
-    teacher = ViT(**sizes | {"img_size": img_size or sizes["img_size"]}, drop_path=drop_path)
+    teacher = ViT(**(sizes | {"img_size": img_size or sizes["img_size"]}), drop_path=drop_path)
     load_weights(teacher, tensors, source)
     teacher.relation_heads = config.get("relation_heads") or teacher.heads  # see TinyMIM
     return teacher.requires_grad_(False)
@@ -256,9 +256,9 @@ class TinyMIM(nn.Module):
     """The objective: two views of a batch in, {name: loss} out. The training loop minimises the sum.
 
     teacher_block: from 1. Default: the last of a teacher as deep as the student, else the one at 3/4 of its
-        depth (T10: 18 of 24). The last blocks of a deep MAE encoder have turned to reconstructing pixels.
+        depth. The last blocks of a deep MAE encoder work for the decoder: in T10, 18 and 21 of 24 are best.
     relation_heads: default: the teacher's attention heads, or those that it was itself distilled with.
-    pairs: T7 has 84.5% for the default, MiniLMv2's choice, and 84.6% for qk and vv, the authors'.
+    pairs: by default each of q, k and v has a target, as in MiniLMv2. The authors' qk and vv do as well (T7).
     """
     def __init__(self, student, teacher, teacher_block=None, relation_heads=None, pairs=("qq", "kk", "vv")):
         super().__init__()
@@ -275,7 +275,7 @@ class TinyMIM(nn.Module):
                             f"relation heads: try --relation-heads {math.gcd(common, self.relation_heads)}")
 
         # The loss reaches no more of the student's last block than its qkv. The rest and the final norm stay
-        # as initialised, and are learnt in fine-tuning. Frozen, or DDP would wait for their gradients.
+        # as initialised until fine-tuning. Frozen, because DDP fails if a parameter gets no gradient.
         last = student.blocks[-1]
         for unused in (last.attn.proj, last.norm2, last.mlp, student.norm):
             unused.requires_grad_(False)
@@ -321,8 +321,8 @@ def decode(path):
         return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 class ImageDataset(Dataset):
-    """(transform(image),), or (transform(image), label). A key is epoch * len(dataset) + index. It seeds what
-    is random in `transform`: a run is the same for any number of workers, and after --resume."""
+    """Items are (transform(image),) or (transform(image), label). A key is epoch * len(dataset) + index. It
+    seeds what is random in `transform`: a run is the same for any number of workers, and after --resume."""
     def __init__(self, paths, transform, seed=0, labels=None):
         self.paths, self.transform, self.seed, self.labels = paths, transform, seed, labels
 
@@ -356,12 +356,12 @@ def color_jitter(images, order, factors):
         images = (factor * images + (1 - factor) * other).clamp(0, 1)
     return images
 
-def normalize(images):  # in [0, 1]
+def normalize(images):  # (B, 3, H, W) in [0, 1]
     return v2.functional.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
 
 def two_views(crops):
-    """uint8 crops (B, 3, H, W) to the student's view, colours jittered, and the teacher's, clean as in its
-    training. So the student learns the same relations whatever the colours are."""
+    """uint8 crops (B, 3, H, W) to the student's view, with colours jittered, and the teacher's, unchanged as
+    in its pre-training: (B, 3, H, W) each. So the student learns relations that do not depend on colour."""
     images = crops / 255
     order = torch.rand(len(images), 3, device=images.device).argsort(dim=1)  # random permutations
     factors = torch.empty(len(images), 3, device=images.device).uniform_(0.6, 1.4)
@@ -373,12 +373,11 @@ def setup(args):
     """Check --out, choose device and precision and, under torchrun, join the other processes."""
     if args.out:
         os.makedirs(args.out, exist_ok=True)
-        written = {"last.pth", "best.pth", "log.jsonl", "relations.png", "augmented.png"}
-        found = sorted(written & set(os.listdir(args.out)))
+        found = sorted({"last.pth", "best.pth", "log.jsonl", "relations.png"} & set(os.listdir(args.out)))
         if found and not args.resume:
             raise UserError(f"{args.out} holds a run ({found[0]}): add --resume, or choose another --out")
         if args.resume and "last.pth" not in found:
-            raise UserError(f"there is no last.pth in {args.out} to resume")
+            raise UserError(f"there is no last.pth in {args.out} to resume: start without --resume")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = args.device == "cuda"
     if on_gpu and LOCAL_RANK >= torch.cuda.device_count():
@@ -395,7 +394,7 @@ def setup(args):
     torch.manual_seed(args.seed)
 
 def learning_rate(epoch, peak, warmup_epochs, epochs, floor=0.0):
-    """Linear warm-up from 0 to `peak`, then half a cosine to `floor`. `epoch`: from 0, with a fraction."""
+    """Linear warm-up from 0 to `peak`, then half a cosine to `floor`. `epoch` is fractional, from 0."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
@@ -411,11 +410,11 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
     """The training loop. After each epoch it writes log.jsonl, last.pth and, for the best "top1", best.pth.
 
     Each step minimises the sum of {name: scalar loss} = objective(*prepare(*batch)). `model` is the part of
-    the objective that is the result. after_epoch() may return more for the log.
+    the objective to keep: the student, or the classifier. after_epoch() may return more for the log.
     """
     update_size = args.batch_size * args.accum * WORLD  # images per update
     if args.epochs < 1 or not 0 < update_size <= len(dataset):
-        raise UserError(f"--epochs {args.epochs} and updates of {update_size} of {len(dataset)} images")
+        raise UserError(f"--epochs {args.epochs}, one update needs {update_size} of {len(dataset)} images")
     updates = len(dataset) // update_size  # per epoch
     warmup = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
     peak = args.blr * update_size / 256
@@ -439,9 +438,9 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
                mininterval=0.1 if sys.stderr.isatty() else 30)
     for epoch in range(len(history), args.epochs):
         sampler.set_epoch(epoch)
-        torch.manual_seed(hash((args.seed, epoch, RANK)))  # of drop path: the same after --resume
-        objective.train()
         batches, sums, began = iter(loader), collections.defaultdict(float), time.perf_counter()
+        torch.manual_seed(hash((args.seed, epoch, RANK)))  # colours, drop path: the same after --resume
+        objective.train()
 
         for update in range(updates):
             lr = learning_rate(epoch + update / updates, peak, warmup, args.epochs, args.min_lr)
@@ -490,7 +489,7 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
             checkpoint = dict(model=model.state_dict(), config=model.config, objective=parts, epoch=epoch + 1,
                               optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), history=history,
                               args=vars(args))
-            for path in [last, best] if is_best else [last]:
+            for path in [best, last] if is_best else [last]:
                 torch.save(checkpoint, path + ".part")
                 os.replace(path + ".part", path)  # a kill while writing leaves the old file whole
 
@@ -500,19 +499,19 @@ def draw_relations(objective, crops, folder):
     and student, the mean over heads, from black (weak) over red and yellow to white (strong)."""
     objective.eval()  # with drop path the maps would be noise
     student, grid, images = objective.student, objective.student.grid, normalize(crops / 255)
-    row, column, side = grid // 2, grid // 3, 112 // grid  # of the patch
+    row, column, side = grid // 2, grid // 3, 112 // grid  # of the outlined patch
     networks = (("teacher", objective.teacher, objective.teacher_block), ("student", student, student.depth))
     columns = {"crop": crops / 255}
     for a, b in objective.pairs:
         for name, network, block in networks:
             qkv = dict(zip("qkv", network.qkv(images, block)))
             heat = relation(qkv[a], qkv[b], objective.relation_heads).exp().mean(dim=1)  # (B, N, N)
-            heat = heat[:, 1 + row * grid + column, 1:].unflatten(1, (grid, grid)).clone()  # no class token
+            heat = heat[:, 1 + row * grid + column, 1:].unflatten(1, (grid, grid))  # no class token
             heat[:, row, column] = 0  # to itself a patch relates far more strongly
             heat = 3 * heat / heat.amax((1, 2), keepdim=True)
             columns[f"{name} {a}-{b}"] = torch.stack([heat, heat - 1, heat - 2], dim=1).clamp(0, 1)
 
-    left, top = side * column, 14 + side * row  # below the title, which stands at the first "box"
+    left, top = side * column, 14 + side * row  # below the title: the label of an empty first box
     boxes = torch.tensor([[0, 0, 0, 0], [left, top, left + side, top + side]])
     for title, cells in columns.items():
         cells = F.pad(F.interpolate(cells, size=side * grid), (0, 0, 14, 0), value=1.0).cpu()
@@ -561,33 +560,33 @@ def make_parser(prog, description, teacher=False):
     add = parser.add_argument
     add("--student", choices=STUDENTS, default="tiny", help="size of a new ViT (default: tiny)")
     for name in ("dim", "depth", "heads"):
-        add(f"--{name}", type=int, help="instead of the named student's")
+        add(f"--{name}", type=int, help="overrides that of --student")
     add("--img-size", type=int, help="in pixels (default: the checkpoint's)")
     add("--data", default="imagenette", help="folder of images (default: imagenette, downloaded to data/)")
     add("--out", help="folder for checkpoints, log and pictures (default: runs/ and a name)")
-    add("--resume", action="store_true", help="continue a run: the same command again, with this")
+    add("--resume", action="store_true", help="continue a run: repeat its command and add this")
     add("--epochs", type=int, help="passes over the data")
-    add("--warmup-epochs", type=float, help="of linear warm-up (default: a twentieth of --epochs)")
+    add("--warmup-epochs", type=float, help="epochs of linear warm-up (default: --epochs / 20)")
     add("--batch-size", type=int, help="images per process and step")
     add("--accum", type=int, default=1, help="steps whose gradients make one update (default: 1)")
     add("--blr", type=float, help="peak learning rate for 256 images per update")
-    add("--weight-decay", type=float, default=0.05, help="of AdamW, not for biases and norms")
+    add("--weight-decay", type=float, default=0.05, help="AdamW's (default: 0.05), not for biases and norms")
     add("--drop-path", type=float, help="rate of skipping a block's attention or MLP")
-    add("--seed", type=int, default=0, help="of weights, order, crops and drop path (default: 0)")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode, per process")
+    add("--seed", type=int, default=0, help="of weights, order, crops, colours, drop path (default: 0)")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="image decoders per training process")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
     add("--amp", choices=("auto", *DTYPES), default="auto", help="auto: on a GPU bf16 or, without it, fp16")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
     if teacher:
-        # The published recipe, but for its updates of 4096 images: 8 processes of --batch-size 512, say.
+        # The authors' released recipe, except that theirs updates with 4096 images: 8 x --batch-size 512.
         parser.set_defaults(epochs=300, batch_size=256, blr=1.5e-4, min_lr=0.0, drop_path=0.1)
         add = parser.add_argument_group("teacher").add_argument
         add("--teacher", default="mae_base", help=f"{', '.join(TEACHERS)} (downloaded once), or a checkpoint")
         add("--teacher-heads", type=int, help="attention heads, if the checkpoint does not record them")
-        add("--teacher-block", type=int, help="from 1 (default: the last, or at 3/4 of a deeper teacher)")
+        add("--teacher-block", type=int, help="from 1 (default: the last if both are as deep, else at 3/4)")
         add("--teacher-drop-path", type=float, default=0.0, help="the paper tried it, and 0 is best (T13)")
         add("--relations", nargs="+", metavar="PAIR", choices=[a + b for a in "qkv" for b in "qkv"],
-            default=["qq", "kk", "vv"], help="of q, k, v; the published numbers are with qk vv")
+            default=["qq", "kk", "vv"], help="of q, k, v (default: qq kk vv; the published numbers: qk vv)")
         add("--relation-heads", type=int, help="default: the teacher's")
     return parser
 
@@ -601,19 +600,20 @@ ADVICE = {  # what PyTorch says, in lower case: what to do about it
     "shared memory": "too little shared memory for the workers: docker run --shm-size 8g, or --workers 0",
     "pytorchstreamwriter": "the checkpoint cannot be written, is the disk full? The one before is whole",
     "loading state_dict": "--out holds another network: --resume goes with the command of that run",
+    "parameter group": "--out holds another network: --resume goes with the command of that run",
 }
 
 def run(parser, args, train):
-    """train(args). What the user can put right is said in one line."""
+    """Run train(args). Errors that the user can fix are printed in one line."""
     main_process = os.getpid()
 
     def stop(*_):  # at once: checkpoints are always whole, and a KeyboardInterrupt inside PyTorch can crash
         if RANK == 0 and os.getpid() == main_process:
-            os.write(2, b"\nstopped. The same command with --resume continues after the last whole epoch\n")
+            os.write(2, b"\nstopped. If an epoch was finished, the same command with --resume continues\n")
         os._exit(130)
 
     signal.signal(signal.SIGINT, stop)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed by 2>&-
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # None after 2>&-
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for paths that the terminal cannot show
     try:
@@ -624,7 +624,7 @@ def run(parser, args, train):
         os._exit(1)
     except (UserError, OSError) as error:  # what comes from a worker begins with a traceback
         sys.exit(f"{parser.prog}: error: {str(error).rsplit('UserError: ', 1)[-1].strip()}")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         advice = [advice for symptom, advice in ADVICE.items() if symptom in str(error).lower()]
         if not advice:
             raise

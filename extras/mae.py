@@ -19,7 +19,7 @@ import tinymim
 from tinymim import STUDENTS, Block, UserError, ViT, sincos_pos_embed
 
 def random_mask(noise, ratio):
-    """Hide the share `ratio` of P patches: those with the most noise (B, P), a random number for each.
+    """Hide the share `ratio` of P patches: those with the largest noise (B, P), one random number per patch.
 
     Returns keep (B, n), the indices of the patches that stay visible, and rank (B, P), each patch's place in
     the order of the noise: it is masked where rank >= n. The second argsort inverts the first: `order` lists
@@ -31,7 +31,7 @@ def random_mask(noise, ratio):
     return order[:, :int(noise.shape[1] * (1 - ratio))], rank
 
 def pick(tokens, indices):
-    """The class token, and the patches at `indices` (B, n), of tokens (B, 1 + P, D): (B, 1 + n, D)."""
+    """From tokens (B, 1 + P, D), the class token and the patches at `indices` (B, n): (B, 1 + n, D)."""
     patches = tokens[:, 1:].gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
     return torch.cat([tokens[:, :1], patches], dim=1)
 
@@ -99,7 +99,7 @@ def main(argv=None):
     add = parser.add_argument_group("MAE").add_argument
     add("--patch-size", type=int, default=16, help="in pixels (default: 16)")
     add("--mask-ratio", type=float, default=0.75, help="of the patches (default: 0.75)")
-    add("--decoder", nargs=3, type=int, default=[512, 8, 16], metavar="N",
+    add("--decoder", nargs=3, type=int, default=[512, 8, 16], metavar="INT",
         help="its width, depth and heads (default: 512 8 16)")
     args = parser.parse_args(argv)
     args.out = args.out or os.path.join("runs", f"mae-{args.student}")

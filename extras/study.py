@@ -6,8 +6,8 @@
 
 A teacher is pre-trained with MAE. In each row a student learns from it in one way and is fine-tuned on a
 tenth of the labels or on all. Its top-1 on the test photos after the last epoch counts. OUT/results.json
-keeps what is finished; a stop costs an epoch. On a CPU, once there is a teacher, start one process for each core,
-with other --seeds and the same --out.
+keeps what is finished; a stop costs an epoch. On a CPU, once there is a teacher, start one process for
+each core, with other --seeds and the same --out.
 """
 
 import argparse
@@ -85,8 +85,8 @@ def rates_to_try(method):
     return [(blr / half, fine) for blr in (4e-3, 2e-3, 8e-3) for fine in (4e-3, 8e-3)]
 
 def sizes(args, network):
-    dim, depth, heads = (SMALLEST if args.smallest else NETWORKS)[network]
-    return "--dim", dim, "--depth", depth, "--heads", heads
+    numbers = (SMALLEST if args.smallest else NETWORKS)[network]
+    return [word for option in zip(("--dim", "--depth", "--heads"), numbers) for word in option]
 
 def run(main, folder, *options):
     """main(options) of one of the scripts, continued if it was stopped. Returns its history."""
