@@ -53,7 +53,6 @@ def compare(out, pictures, seed):
     labelled = ["--data", os.path.join(pictures, "labelled"), *common]
     paths = {name: os.path.join(out, name, "last.pth") for name in ("distilled", "mae")}
     paths["teacher"] = TEACHER
-
     def words(options):
         return [word.format(**paths) for word in options.split()]
 

@@ -29,7 +29,6 @@ import tinymim
 
 NETWORKS = {"teacher": (192, 6, 6), "assistant": (144, 5, 6), "student": (96, 4, 3)}  # width, depth, heads
 SMALLEST = {"teacher": (24, 6, 6), "assistant": (12, 5, 3), "student": (12, 4, 3)}
-
 # Table, row, how its student is pre-trained (options of targets.py, or a word), top-1 in the paper (ViT-B; in
 # T8 and T11 ViT-T). A table's first row is what the others are compared with. The teacher has 6 blocks: 3, 4,
 # 5 and 6 stand for the paper's 12, 15, 21 and 24 of 24.
@@ -180,10 +179,10 @@ def main(argv=None):
         args.machine += ["--amp", "bf16"] if torch.cpu._is_avx512_bf16_supported() else []
 
     pretrain(args, "mae", os.path.join(args.out, "teacher"), blr=1.5e-3, network="teacher")
+    specs = [row[2] for row in ROWS if row[0] in args.tables]
     if args.tune is not None:  # with shorter pre-training, the same for all
         args.mae_epochs, args.distill_epochs, args.labels, args.seeds = 6, 2, ["tune"], [0]
-    specs = [row[2] for row in ROWS if row[0] in args.tables]
-    specs = specs if args.tune is None else [METHODS[name] for name in args.tune or METHODS]
+        specs = [METHODS[name] for name in args.tune or METHODS]
     for labels in args.labels:
         for seed, spec in [(seed, spec) for seed in args.seeds for spec in specs]:
             method, found = method_of(spec), data.results(path)
