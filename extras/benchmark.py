@@ -17,13 +17,12 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import resource
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
+from resource import RUSAGE_SELF, getrusage
 from statistics import median
+from timeit import default_timer as clock, repeat
 
 import numpy as np
 import torch
@@ -35,10 +34,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tinymim
-from tinymim import DTYPES, STUDENTS, ImageDataset, ViT
+from tinymim import DTYPES, ImageDataset, ViT
 
-BASE, LARGE, HUGE = (*STUDENTS["base"], 16), (*STUDENTS["large"], 16), (1280, 32, 16, 14)
-TEACHERS = {"mae_base": BASE, "mae_large": LARGE, "mae_huge": HUGE}  # name: (dim, depth, heads, patch size)
+# Name: (dim, depth, heads, patch size).
+TEACHERS = {"mae_base": (768, 12, 12, 16), "mae_large": (1024, 24, 16, 16), "mae_huge": (1280, 32, 16, 14)}
 
 # ---- 1. The usual way --------------------------------------------------------------------------------------
 
@@ -72,8 +71,7 @@ class Training:
                                            fused=args.device == "cuda" and not args.usual)
         self.scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
         self.autocast = lambda: torch.autocast(args.device, DTYPES[args.amp], enabled=args.amp != "off")
-        shape = (args.batch_size, 3, args.img_size, args.img_size)
-        crops = torch.randint(256, shape, dtype=torch.uint8, device=args.device)
+        crops = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size)).byte().to(args.device)
         self.prepare, self.batch = tinymim.two_views, [crops]
         if args.usual:  # the workers make the views
             self.prepare, self.batch = lambda *views: views, tinymim.two_views(crops)
@@ -81,8 +79,7 @@ class Training:
             self.prepare = torch.compile(self.prepare)
             self.objective.compile()
 
-    def step(self):
-        """What tinymim.fit does with a batch."""
+    def step(self):  # what tinymim.fit does with a batch
         views = self.prepare(*self.batch)
         with self.autocast():
             losses = self.objective(*views)
@@ -120,125 +117,115 @@ class Training:
                 "relation loss": relations, "optimiser": self.optimizer.step, "step": self.step}
 
     def end_to_end(self, paths):
-        """{column: value}, medians over the epochs of tinymim.fit but the first."""
+        """Table row: medians over the epochs of tinymim.fit but the first."""
         args, epochs, tinymim.DataLoader = self.args, [], Watched
         dataset = make_dataset(args, np.resize(paths, args.steps * args.batch_size), args.usual)
-
-        def after_epoch():
-            seconds = time.perf_counter() - Watched.began
-            epochs.append(((len(dataset) - args.batch_size) / seconds, 100 * Watched.waited / seconds))
-
         with tempfile.TemporaryDirectory() as args.out:
             tinymim.fit(self.objective, self.objective.student, dataset, self.prepare, self.optimizer, args,
-                        after_epoch)
-        return dict(zip(("images/s", "waiting for data, %"), map(median, zip(*epochs[1:]))))
+                        after_epoch=lambda: epochs.append((clock() - Watched.began, Watched.waited)))
+        rates = [(len(dataset) - args.batch_size) / seconds for seconds, _ in epochs[1:]]
+        shares = [100 * waited / seconds for seconds, waited in epochs[1:]]
+        return {"variant": args.variant, "images/s": median(rates), "waiting for data, %": median(shares)}
 
 class Watched(DataLoader):
     """Notes when an epoch's first batch was there, and for how many seconds one waited for the others."""
     def __iter__(self):
         batches = super().__iter__()
         yield next(batches)
-        Watched.began, Watched.waited = time.perf_counter(), 0.0
+        Watched.began, Watched.waited = clock(), 0.0
         for _ in range(len(self) - 1):
-            asked = time.perf_counter()
+            asked = clock()
             batch = next(batches)
-            Watched.waited += time.perf_counter() - asked
+            Watched.waited += clock() - asked
             yield batch
 
 def measure_seconds(functions, args):
     """{name: function} to {name: seconds of a call}, medians of --repeats rounds. Each warms up first."""
-    rounds, threads = [], torch.get_num_threads()
-    for _ in range(args.repeats):
-        timers = {name: Timer("f()", globals={"f": f}, num_threads=threads) for name, f in functions.items()}
-        rounds.append({name: timer.blocked_autorange().median for name, timer in timers.items()})
+    threads = torch.get_num_threads()
+    timers = {name: Timer("f()", globals={"f": f}, num_threads=threads) for name, f in functions.items()}
+    rounds = [{name: timer.blocked_autorange().median for name, timer in timers.items()}
+              for _ in range(args.repeats)]
     return {name: median(times[name] for times in rounds) for name in functions}
 
 def measure_training(args, paths):
-    """In a process of its own: table rows of the step and end to end, TFLOP/s of a matrix product, and
-    {part: GFLOP per image}, which is counted in the usual way only."""
+    """In a process of its own: table rows of the step and end to end, {name: rate} of the ceilings, and
+    {part: GFLOP per image}, args.work if that is known."""
+    sys.stdout = sys.stderr  # fit prints
     tinymim.setup(args)
-    tinymim.load_teacher = lambda name, img_size, *_: ViT(*TEACHERS[name], img_size)
+    if args.teacher in TEACHERS:  # with random weights
+        tinymim.load_teacher = lambda name, img_size, *_: ViT(*TEACHERS[name], img_size)
     if args.usual:
         tinymim.F.scaled_dot_product_attention, tinymim.relation = usual_attention, usual_relation
-    training, on_gpu, work = Training(args), args.device == "cuda", {}
+    training, on_gpu, work = Training(args), args.device == "cuda", args.work
     for step in range(6):
         if step == 3 and on_gpu:
             torch.cuda.reset_peak_memory_stats()  # of compiling and tuning
         training.step()
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB, of this process
-    held = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else held
+    kib = getrusage(RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)  # of this process
+    kib = torch.cuda.max_memory_allocated() / 1024 if on_gpu else kib
 
-    parts, n = training.parts(), 8192 if on_gpu else 2048
-    for name, part in parts.items() if args.usual else ():
+    parts = training.parts()
+    for part in () if work else ("teacher", "student", "relation loss", "step"):
         with FlopCounterMode(display=False) as counter:
-            part()
-        work[name] = counter.get_total_flops() / args.batch_size / 1e9
+            parts[part]()
+        work = work | {part: counter.get_total_flops() / args.batch_size / 1e9}
+
+    n, size = (8192, 2**30) if on_gpu else (2048, 2**28)
     a, b = torch.randn(2, n, n, device=args.device).to(DTYPES[args.amp] or torch.float32)
-    seconds = measure_seconds(parts | {"product": lambda: a @ b}, args)
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=args.device)
+    ceilings = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    seconds = measure_seconds(parts | ceilings, args)
+    rate = 2 * n**3 / 1e9 / seconds["product"]  # GFLOP/s
     step = {"variant": args.variant} | {f"{part}, ms": 1000 * seconds[part] for part in parts}
-    step |= {"images/s": args.batch_size / seconds["step"], "peak memory, GiB": held}
-    epoch = {"variant": args.variant} | training.end_to_end(paths)
-    epoch["% of the step alone"] = 100 * epoch["images/s"] / step["images/s"]
-    return step, epoch, 2 * n**3 / 1e12 / seconds["product"], work
+    for part in ("teacher", "step"):
+        step[f"{part}, % of ceiling"] = 100 * work[part] * args.batch_size / seconds[part] / rate
+    step |= {"images/s": args.batch_size / seconds["step"], "peak memory, GiB": kib / 2**20}
+    ceilings = {f"product in {args.variant.split(', ')[1]}, TFLOP/s": rate / 1000,
+                "copy, read and written, GB/s": 2 * size / 1e9 / seconds["copy"]}
+    return step, training.end_to_end(paths), ceilings, work
 
 def measure_pipelines(args, paths):
     """Table rows: the KiB of an image on its way to the device, images/s with one worker and with all."""
-    rows, loaders, paths = [], {}, np.resize(paths, args.pictures)
+    rows, paths = [], np.resize(paths, args.pictures)
     for name in ("usual", "tinymim.py"):
         dataset = make_dataset(args, paths, name == "usual")
         row = {"pipeline": name, "KiB per image": sum(tensor.nbytes for tensor in dataset[0]) / 1024}
         for workers in sorted({1, args.workers}):
-            loader, seconds = DataLoader(dataset, 64, num_workers=workers, persistent_workers=True), []
-            for _ in range(1 + args.repeats):
-                began = time.perf_counter()
-                for _ in loader:
-                    pass
-                seconds.append(time.perf_counter() - began)
+            loader = DataLoader(dataset, 64, num_workers=workers, persistent_workers=True)
+            seconds = repeat(lambda: sum(1 for _ in loader), number=1, repeat=1 + args.repeats)
             row[f"images/s, {workers} worker{'s' * (workers > 1)}"] = len(paths) / median(seconds[1:])
         rows.append(row)
     return rows
 
-# ---- 3. The report -----------------------------------------------------------------------------------------
-
 def measure(args, paths):
     """All measurements, as --json prints them."""
-    on_gpu, processor = args.device == "cuda", platform.machine()
+    on_gpu, processor = args.device == "cuda", os.uname().machine
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         processor = next((line.split(": ")[1].strip() for line in file if "model name" in line), processor)
-    machine = {"GPU": torch.cuda.get_device_name() if on_gpu else None, "processor": processor,
-               "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     names = ("student", "teacher", "img_size", "batch_size", "pictures", "steps", "repeats")
-    result = {"machine": machine, "options": {name: getattr(args, name) for name in names}}
-    result |= {"ceilings": {}, "GFLOP per image": {}, "step": [], "end to end": []}
+    result = {"machine": {"GPU": torch.cuda.get_device_name() if on_gpu else None, "processor": processor,
+                          "cores": os.cpu_count(), "torch": torch.__version__},
+              "options": {name: getattr(args, name) for name in names},
+              "ceilings": {}, "GFLOP per image": {}, "step": [], "end to end": []}
     usual, half = ("fp16", args.amp) if on_gpu else ("off", "bf16")
     ours = [(False, amp, compile) for compile in sorted({False, args.compile}) for amp in ("off", half)]
     for usual, amp, compile in [(True, usual, False), *ours]:
         precision = "TF32" if on_gpu and amp == "off" else str(DTYPES[amp] or torch.float32)[len("torch."):]
         name = ("usual, " if usual else "tinymim.py, ") + precision + ", compiled" * compile
         print(name, flush=True)
-        way = argparse.Namespace(**vars(args) | dict(variant=name, usual=usual, amp=amp, compile=compile))
+        way = dict(variant=name, usual=usual, amp=amp, compile=compile, work=result["GFLOP per image"])
         with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
-            step, epoch, ceiling, work = pool.submit(measure_training, way, paths).result()
-        result["GFLOP per image"] |= work
-        for part in ("teacher", "step"):  # GFLOP/ms = TFLOP/s
-            rate = result["GFLOP per image"][part] * args.batch_size / step[f"{part}, ms"]
-            step[f"{part}, % of ceiling"] = 100 * rate / ceiling
-        result["ceilings"][f"large product, {precision}"] = {"per second": ceiling, "unit": "TFLOP/s"}
+            done = pool.submit(measure_training, argparse.Namespace(**vars(args) | way), paths)
+            step, epoch, ceilings, result["GFLOP per image"] = done.result()
         result["step"].append(step)
         result["end to end"].append(epoch)
-
-    print("copy, input pipeline", flush=True)
-    source, target = torch.zeros(2, 2**28, dtype=torch.uint8, device=args.device)
-    seconds = measure_seconds({"copy": lambda: target.copy_(source)}, args)["copy"]
-    result["ceilings"]["large copy, read and written"] = {"per second": 2**29 / 1e9 / seconds, "unit": "GB/s"}
+        result["ceilings"] |= ceilings
+    print("input pipeline", flush=True)
     return result | {"pipeline": measure_pipelines(args, paths)}
 
-def print_tables(result):
-    """What `measure` returns, as Markdown."""
-    for name, value in result.items():
+def print_tables(result):  # in Markdown
+    for value in result.values():
         rows = value if isinstance(value, list) else [value]
-        if name == "ceilings":
-            rows = [{"ceiling": key} | entry for key, entry in value.items()]
         print("\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
         for row in rows:
             cells = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values())
@@ -246,9 +233,9 @@ def print_tables(result):
 
 def benchmark(args):
     tinymim.setup(args)
-    on_gpu = args.device == "cuda"
-    args.batch_size, args.epochs = args.batch_size or (256 if on_gpu else 8), 1 + args.repeats
-    args.steps = args.steps or (100 if on_gpu else 4)
+    args.batch_size = args.batch_size or {"cuda": 256, "cpu": 8}[args.device]
+    args.steps = args.steps or {"cuda": 100, "cpu": 4}[args.device]
+    args.epochs = 1 + args.repeats
     with contextlib.redirect_stdout(sys.stderr):  # all but the result
         paths = tinymim.find_images(tinymim.imagenette() if args.data == "imagenette" else args.data)
         result = measure(args, np.random.RandomState(0).permutation(paths))

@@ -1,188 +1,159 @@
-"""The README's pictures, drawn from the demo's run and from what benchmark.py measured. Needs matplotlib.
+"""The README's pictures. Needs matplotlib.
 
-    python extras/demo.py
-    python extras/benchmark.py --data /path/to/images --json > speed.json
-    python extras/figures.py --demo runs/demo             (assets/method.svg and assets/relations.png)
-    python extras/figures.py --speed speed.json           (assets/speed.svg)
+    python extras/figures.py --demo runs/demo           (of extras/demo.py: method.svg and relations.png)
+    python extras/figures.py --run runs/tiny-mae_base   (of tinymim.py: relations.png)
+    python extras/figures.py --speed speed.json         (of extras/benchmark.py --json: speed.svg)
+    python extras/figures.py --results results.json     (of extras/study.py, its T8: results.png)
+
+--data: a folder of images, instead of the run's own. --out: for the pictures (default: assets).
 """
 
 import argparse
-import copy
 import json
 import os
 import sys
+from statistics import mean, stdev
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import tinymim  # the first: it says what is not installed
-
-import numpy as np
 import torch
+from torchvision.transforms import v2
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import tinymim
+from study import ROWS
 
 try:
     import matplotlib.pyplot as plt
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 except ImportError:
     sys.exit(f"matplotlib is not installed here: {sys.executable} -m pip install matplotlib")
 
-BLUE, ORANGE = "#1f77b4", "#ff7f0e"
-PAIRS = ("qq", "kk", "vv")
+BLUE, ORANGE, GRAY = "#2563a8", "#e07b16", "#d0d0d0"
+plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "image.cmap": "magma",
+                     "savefig.dpi": 200, "svg.hashsalt": "tinymim"})
 
-
-def load_demo(folder):
-    """Of the demo's first seed: pictures (uint8), {name: (network, block)} of teacher and student as it began and ended, relation heads."""
-    tensors, _, checkpoint = tinymim.read_checkpoint(os.path.join(folder, "seed0", "distilled", "last.pth"))
-    args = argparse.Namespace(**checkpoint["args"] | {"teacher": os.path.join(ROOT, "assets", "shapes_teacher.pth")})
-    objective, _ = tinymim.build(args, tinymim.start(args))  # as it was before the first step
-    before, teacher = objective.eval().student, objective.teacher
-    after = copy.deepcopy(before)
-    after.load_state_dict(tensors)
-    pictures = tinymim.preview(tinymim.find_images(os.path.join(folder, "pictures", "labelled", "val")), teacher.img_size, count=8)
-    networks = {"teacher": (teacher, objective.teacher_block), "student before": (before, before.depth), "student after": (after, after.depth)}
-    return pictures, networks, objective.relation_heads
-
+def load_run(folder, data):
+    """uint8 crops (4, 3, H, W), the objective as it was before training, the student after it."""
+    checkpoint = os.path.join(folder, "last.pth")
+    args = argparse.Namespace(**torch.load(checkpoint, map_location="cpu", weights_only=True)["args"])
+    torch.manual_seed(args.seed)  # as in tinymim.setup
+    objective, student = tinymim.build(args).eval(), tinymim.load_teacher(checkpoint)
+    data = data or args.data
+    paths = tinymim.find_images(tinymim.imagenette() if data == "imagenette" else data)
+    crop = v2.Compose([v2.Resize(student.img_size), v2.CenterCrop(student.img_size)])
+    crops = [crop(tinymim.decode(os.fsdecode(path))) for path in paths[::len(paths) // 4 or 1][:4]]
+    return torch.stack(crops), objective, student
 
 @torch.no_grad()
-def relations(network, block, pictures, heads):
-    """{pair: (B, N, N)}: relations of patches, the mean over heads, without the class token."""
-    qkv = dict(zip("qkv", network.qkv(tinymim.Normalize()(pictures / 255), block)))
-    return {a + b: tinymim.relation(qkv[a], qkv[b], heads).exp().mean(1)[:, 1:, 1:].numpy() for a, b in PAIRS}
+def relation_maps(objective, network, images):
+    """{pair: relations (B, N, N), the mean over heads} of images (B, 3, H, W) in [0, 1]."""
+    block = objective.teacher_block if network is objective.teacher else network.depth
+    qkv = dict(zip("qkv", network.qkv(tinymim.normalize(images), block)))
+    return {f"{a}-{b}": tinymim.relation(qkv[a], qkv[b], objective.relation_heads).exp().mean(dim=1)
+            for a, b in objective.pairs}
 
+def draw_relations(crops, objective, student, path):
+    """How each crop's middle patch relates to all. White: the strongest in three maps, itself left out."""
+    networks = {"teacher": objective.teacher, "student before": objective.student, "student after": student}
+    maps = {name: relation_maps(objective, network, crops / 255) for name, network in networks.items()}
+    grid, width, height = student.grid, 1 + 3.2 * len(objective.pairs), len(crops) + 0.4  # in crops
+    figure = plt.figure(figsize=(9, 9 * height / width))
+    for row, crop in enumerate(crops):
+        shown = [(0, "", crop.permute(1, 2, 0), None)]
+        for i, pair in enumerate(maps["teacher"]):
+            heats = [maps[name][pair][row, 1:, 1:] for name in networks]  # without the class token
+            heats = [heat[(grid + 1) * (grid // 2)].unflatten(0, (grid, grid)) for heat in heats]
+            brightest = max(heat.flatten().topk(2).values[1] for heat in heats)
+            shown += [(1.2 + 3.2 * i + j, f"{pair}\n{name}", heats[j], brightest)
+                      for j, name in enumerate(networks)]
+        for x, title, image, brightest in shown:
+            place = x / width, (len(crops) - 1 - row) / height, 0.96 / width, 0.96 / height
+            axes = figure.add_axes(place, xticks=[], yticks=[], frame_on=False, title=title * (row == 0))
+            axes.imshow(image, vmin=0, vmax=brightest, extent=(0, grid, grid, 0))
+            axes.add_patch(plt.Rectangle((grid // 2, grid // 2), 1, 1, fill=False, color="red"))
+    figure.savefig(path, dpi=140)
 
-def draw_relations(demo, path):
-    """Which patches the middle one relates to, in the teacher and in the student before and after distillation."""
-    pictures, networks, heads = demo
-    maps = {name: relations(network, block, pictures, heads) for name, (network, block) in networks.items()}
-    grid = networks["teacher"][0].img_size // networks["teacher"][0].patch_size
-    figure, axes = plt.subplots(4, 10, figsize=(9.6, 4.3), gridspec_kw=dict(wspace=0.06, hspace=0.06), dpi=110)
-    for row, picture in enumerate(pictures[:4]):
-        x = y = grid // 2
-        query = y * grid + x
-        axes[row, 0].imshow(picture.permute(1, 2, 0))
-        side = picture.shape[1] / grid
-        axes[row, 0].add_patch(plt.Rectangle((x * side, y * side), side, side, fill=False, color="red", linewidth=2))
-        for i, pair in enumerate(PAIRS):
-            for cell, name in zip(axes[row, 1 + 3 * i:], maps):
-                heat = maps[name][pair][row, query].copy()
-                heat[query] = np.nan
-                cell.imshow(heat.reshape(grid, grid), cmap="magma", vmin=0)
-                cell.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, color="red", linewidth=1.5))
-                if row == 0:
-                    cell.set_title(name.replace(" ", "\n"), fontsize=8)
-                    if name == "student before":
-                        cell.text(grid / 2 - 0.5, -4.2, f"{pair[0]}-{pair[1]} relations", ha="center", fontsize=10)
-    for cell in axes.flat:
-        cell.set_xticks([])
-        cell.set_yticks([])
-    figure.savefig(path, bbox_inches="tight", facecolor="white")
-
-
-def draw_method(demo, path):
-    """The method at a glance, with real relations: of the demo's teacher and student, for one picture."""
-    pictures, networks, heads = demo
-    figure = plt.figure(figsize=(10, 4.1))
-    canvas = figure.add_axes([0, 0, 1, 1])
-    canvas.set_xlim(0, 10)
-    canvas.set_ylim(0, 4.1)
+def draw_method(crops, objective, path):
+    """The method at a glance, with the first crop's relations in these networks, from 0 (black) to 6 / N."""
+    figure = plt.figure(figsize=(9, 3.4))
+    canvas = figure.add_axes([0, 0, 1, 1], xlim=(0, 9), ylim=(0, 3.4))  # in inches
     canvas.axis("off")
 
-    def box(x, y, width, height, color, text="", **style):
-        canvas.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.05", facecolor=color,
-                                        edgecolor="black", linewidth=0.8, **style))
-        canvas.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
+    def arrow(*points, style="-|>"):
+        canvas.plot(*zip(*points[:-1]), color="black", linewidth=1)
+        canvas.annotate("", points[-1], points[-2], arrowprops=dict(arrowstyle=style, fc="black", shrinkA=0))
 
-    def arrow(start, end):
-        canvas.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, color="black", linewidth=1))
+    def inset(x, y, image, vmax=None, **labels):
+        axes = figure.add_axes([x / 9, y / 3.4 - 0.124, 0.0936, 0.248], xticks=[], yticks=[], **labels)
+        axes.imshow(image, vmin=0, vmax=vmax)
 
-    picture = figure.add_axes([0.012, 0.38, 0.1, 0.24])
-    picture.imshow(pictures[0].permute(1, 2, 0))
-    picture.axis("off")
-    canvas.text(0.62, 1.38, "one crop", ha="center", fontsize=9)
-    rows = {"teacher": (2.75, 12, 9, BLUE), "student before": (0.45, 6, 6, ORANGE)}  # y, half the blocks, the one that is matched
-    for name, (y, count, matched, color) in rows.items():
-        height = 0.9 if name == "teacher" else 0.6
-        middle = y + height / 2
-        for i in range(count):
-            used = i < matched
-            face = color if i == matched - 1 else "#eeeeee" if used else "white"
-            box(1.75 + 0.21 * i, y, 0.13, height, face, alpha=1 if used else 0.35, linestyle="-" if used else ":")
-        arrow((1.15, 2.3 if name == "teacher" else 1.8), (1.7, middle))
-        if name == "teacher":
-            canvas.text(1.75, y + height + 0.13, "teacher: ViT-L, pre-trained by MAE, frozen", fontsize=9)
-            canvas.text(1.75 + 0.21 * 8 + 0.065, y - 0.1, "block 18 of 24", fontsize=9, ha="center", va="top")
-            canvas.text(1.28, middle - 0.25, "clean", fontsize=9, ha="center")
-        else:
-            canvas.text(1.75, y + height + 0.13, "student: ViT-T, from scratch", fontsize=9)
-            canvas.text(1.75 + 0.21 * 5 + 0.065, y - 0.1, "its last block", fontsize=9, ha="center", va="top")
-            canvas.text(1.3, middle - 0.33, "colours\nchanged", fontsize=9, ha="center")
-        network, block = networks[name]
-        maps = relations(network, block, pictures[:1], heads)
-        from_x = 1.75 + 0.21 * (matched - 1) + 0.13
-        arrow((from_x + 0.03, middle), (4.52, middle))
-        for i, letter in enumerate("qkv"):
-            box(4.55, middle + 0.36 - 0.36 * i - 0.14, 0.36, 0.26, "white", letter)
-            arrow((4.95, middle + 0.36 - 0.36 * i), (5.3, middle + 0.1 - 0.1 * i))
-        canvas.text(5.72, middle, "softmax\nof products", fontsize=9, ha="center", va="center")
-        arrow((6.14, middle), (6.5, middle))
-        for i, pair in enumerate(PAIRS):
-            axes, matrix = figure.add_axes([0.655 + 0.113 * i, (middle - 0.5) / 4.1, 0.1, 0.244]), maps[pair][0]
-            others = ~np.eye(len(matrix), dtype=bool)  # to itself a patch relates far more
-            axes.imshow(matrix, cmap="magma", vmin=0, vmax=matrix[others].max())
-            axes.axis("off")
-            if name == "teacher":
-                canvas.text(7.05 + 1.13 * i, middle + 0.62, f"{pair[0]}-{pair[1]} relations", fontsize=10, ha="center")
-            else:
-                canvas.annotate("", (7.05 + 1.13 * i, 1.32), (7.05 + 1.13 * i, 2.62), arrowprops=dict(arrowstyle="<|-", color="black"))
-                canvas.text(7.12 + 1.13 * i, 1.97, "KL", fontsize=10, weight="bold", va="center")
-    figure.savefig(path, facecolor="white", metadata={"Date": None})
+    jitter = tinymim.color_jitter(crops[:1] / 255, torch.tensor([[0, 1, 2]]), torch.tensor([[1.3, 0.7, 0.6]]))
+    for network, image, title, y, depth, last, height, color in (
+            (objective.teacher, crops[:1] / 255, "teacher: MAE's ViT-L, frozen", 2.55, 24, 17, 0.84, BLUE),
+            (objective.student, jitter, "student: new ViT-T", 0.75, 12, 11, 0.56, ORANGE)):
+        x, bottom = [1.35 + 0.125 * i for i in range(depth)], y - height / 2
+        inset(0.1, y, image[0].permute(1, 2, 0))
+        arrow((0.98, y), (1.27, y))
+        canvas.text(1.3, y + height / 2 + 0.1, title)
+        canvas.bar(x[:last], height, 0.09, bottom, color=GRAY, edgecolor="black")
+        canvas.bar(x[last:], height, 0.09, bottom, color="white", edgecolor="black", linestyle=":")
+        canvas.bar(x[last], height / 3, 0.09, bottom, color=color, edgecolor="black")
+        canvas.text(x[last] - 0.1, bottom - 0.22, f"only q, k, v of block {last + 1}", ha="right")
+        arrow((x[last], bottom), (x[last], bottom - 0.18), (4.45, bottom - 0.18), (4.45, y), (4.7, y))
+        canvas.text(5.2, y, "softmax\n$a\\,b^\\top/\\sqrt{D/h}$", ha="center", va="center", fontsize=9)
+        arrow((5.7, y), (5.95, y))
+        for i, (pair, heat) in enumerate(relation_maps(objective, network, image).items()):
+            inset(6.17 + 0.95 * i, y, heat[0], 6 / heat.shape[2], xlabel="token j",
+                  ylabel="token i" * (i == 0), title=f"{pair} relations" * (y > 1))
+    for i in range(len(objective.pairs)):
+        arrow((6.59 + 0.95 * i, 1.22), (6.59 + 0.95 * i, 1.92), style="<|-|>")
+        canvas.text(6.65 + 0.95 * i, 1.53, "KL")
+    arrow((0.52, 2.1), (0.52, 1.2))
+    canvas.text(0.6, 1.58, "colours\njittered")
+    figure.savefig(path, metadata={"Date": None})
 
+def draw_bars(panels, path):
+    """Horizontal bars, a panel for each {title: {name: values}}: their mean and standard deviation."""
+    rows = [len(bars) for bars in panels.values()]
+    figure, axes = plt.subplots(len(rows), figsize=(8, 0.25 * sum(rows) + 0.3 * len(rows)), squeeze=False,
+                                layout="constrained", height_ratios=rows)
+    for cell, (title, bars) in zip(axes.flat, panels.items()):
+        for name, values in reversed(bars.items()):
+            error = stdev(values) if len(values) > 1 else None
+            color = BLUE if name.startswith(("tinymim.py", "relation")) else GRAY
+            label = f"{mean(values):.1f} ± {error:.1f}" if error else f"{mean(values):.3g}"
+            cell.bar_label(cell.barh(name, mean(values), 0.7, xerr=error, color=color), [label], padding=4)
+        cell.set(xticks=[], xlim=(0, 1.15 * max(map(mean, bars.values()))), frame_on=False)
+        cell.set_title(title, loc="left")
+    figure.savefig(path, metadata={"Date": None})
 
-def draw_speed(result, path):
-    """What benchmark.py measured, as bars: images/s of pipelines, of training steps, and end to end."""
-    machine = result["machine"]
-    groups = {
-        "images/s that one worker decodes and crops": {row["pipeline"]: row["images/s, 1 worker"] for row in result["pipeline"]},
-        f"images/s of the training step, {result['options']['student']} from {result['options']['teacher']}":
-            {row["variant"]: row["images/s"] for row in result["step"]},
-        "images/s of training from files": {row["variant"]: row["images/s"] for row in result["end to end"]},
-    }
-    figure, axes = plt.subplots(3, 1, figsize=(8, 4.6), gridspec_kw=dict(height_ratios=[len(bars) for bars in groups.values()], hspace=0.55))
-    for panel, (title, bars) in zip(axes, groups.items()):
-        colors = [ORANGE if name.startswith("usual") else BLUE for name in bars]
-        drawn = panel.barh(list(bars), list(bars.values()), color=colors, height=0.7)
-        panel.bar_label(drawn, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in bars.values()], padding=4, fontsize=9)
-        panel.invert_yaxis()
-        panel.set_title(title, fontsize=10, loc="left")
-        panel.set_xticks([])
-        panel.tick_params(left=False)
-        panel.set_xlim(0, 1.12 * max(bars.values()))
-        panel.spines[["top", "right", "bottom"]].set_visible(False)
-    where = machine["GPU"] or f"{machine['cores']} cores of {machine['processor']}, no GPU"
-    figure.text(0.99, 0.01, f"{where}, torch {machine['torch'].split('+')[0]}", ha="right", fontsize=8)
-    figure.savefig(path, bbox_inches="tight", facecolor="white", metadata={"Date": None})
-
+def draw(args):
+    os.makedirs(args.out, exist_ok=True)
+    if args.demo or args.run:
+        run = load_run(os.path.join(args.demo, "seed0", "distilled") if args.demo else args.run, args.data)
+        draw_relations(*run, os.path.join(args.out, "relations.png"))
+    if args.demo:
+        draw_method(*run[:2], os.path.join(args.out, "method.svg"))
+    if args.speed:
+        speed = json.load(open(args.speed))
+        columns = {"pipeline": "images/s, 1 worker", "step": "images/s", "end to end": "images/s"}
+        where = speed["machine"]["GPU"] or speed["machine"]["processor"]
+        panels = {f"{key}: {column}, {where}": {next(iter(row.values())): [row[column]] for row in speed[key]}
+                  for key, column in columns.items()}
+        draw_bars(panels, os.path.join(args.out, "speed.svg"))
+    if args.results:
+        found, panels = json.load(open(args.results)), {"few": {}, "all": {}}
+        for labels in panels:
+            bars = {row: [top1 for key, top1 in found.items() if key.startswith(f"{labels}/{spec}/")]
+                    for table, row, spec, _ in ROWS if table == "T8"}
+            panels[labels] = {row: values for row, values in bars.items() if values}
+        titles = {"few": "top-1 (%), a tenth of the labels", "all": "top-1 (%), all labels"}
+        panels = {titles[labels]: bars for labels, bars in panels.items() if bars}
+        draw_bars(panels, os.path.join(args.out, "results.png"))
 
 def main(argv=None):
-    parser = tinymim.Parser("figures.py", "Draw the README's pictures.")
-    parser.add_argument("--demo", metavar="FOLDER", help="results of extras/demo.py: draws method.svg and relations.png")
-    parser.add_argument("--speed", metavar="FILE", help="what extras/benchmark.py --json printed: draws speed.svg")
-    parser.add_argument("--out", default=os.path.join(ROOT, "assets"), metavar="FOLDER", help="default: assets/")
-    args = parser.parse_args(argv)
-    if not args.demo and not args.speed:
-        parser.error("nothing to draw: --demo, --speed, or both")
-    plt.rcParams["svg.hashsalt"] = "tinymim"  # the same figure makes the same file
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        if args.demo:
-            demo = load_demo(args.demo)
-            draw_method(demo, os.path.join(args.out, "method.svg"))
-            draw_relations(demo, os.path.join(args.out, "relations.png"))
-        if args.speed:
-            with open(args.speed) as file:
-                draw_speed(json.load(file), os.path.join(args.out, "speed.svg"))
-    except (OSError, json.JSONDecodeError, KeyError, tinymim.UserError) as error:
-        sys.exit(f"figures.py: error: {error}")
-
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    for name in ("demo", "run", "speed", "results", "data", "out"):
+        parser.add_argument(f"--{name}", default="assets" if name == "out" else None)
+    tinymim.run(parser, parser.parse_args(argv), draw)
 
 if __name__ == "__main__":
     main()

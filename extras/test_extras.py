@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
@@ -269,3 +270,20 @@ def test_the_demos_teacher_and_its_pictures(tmp_path):
     drawn = sorted((tmp_path / "a").rglob("*.png"))
     assert len(drawn) == 30 and len({picture.parent.name for picture in drawn}) == 10
     assert all(x.read_bytes() == (tmp_path / "b" / x.relative_to(tmp_path / "a")).read_bytes() for x in drawn)
+
+def test_the_demo_and_its_figures(tmp_path, monkeypatch, capsys):
+    """With few pictures: all four rows, and what is drawn of them."""
+    import demo
+    for name, count in (("PICTURES", 64), ("LABELLED", 40), ("VALIDATION", 20)):
+        monkeypatch.setattr(demo, name, count)
+    demo.main(["--out", str(tmp_path / "demo")])
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | " in printed for name in demo.STARTS)
+    width, height = Image.open(tmp_path / "demo" / "demo.png").size
+    assert width > 700 and height > 600
+    with pytest.raises(SystemExit, match="holds a demo"):
+        demo.main(["--out", str(tmp_path / "demo")])
+    pytest.importorskip("matplotlib")
+    script("figures.py", "--demo", tmp_path / "demo", "--out", tmp_path)
+    assert "</svg>" in (tmp_path / "method.svg").read_text()
+    assert Image.open(tmp_path / "relations.png").size[0] > 800
