@@ -78,8 +78,8 @@ def test_golden_mae():
         predicted = objective.decoder(latent, rank)
         for token, expected in [
             (latent[0, 0], [-1.2372945736024303, 1.3275049180791632, 0.29686112952499166, 0.605038438901868]),
-            (latent[1, 49], [0.08466664362994984, -1.8442532026117107, 0.6007483638902401, -0.08477623316289]),
-            (predicted[0, 7], [1.0195772945072776, -0.6500561337543378, -0.076328108000781, -1.8124896853005]),
+            (latent[1, 49], [0.0846666436299498, -1.8442532026117107, 0.6007483638902401, -0.08477623316289]),
+            (predicted[0, 7], [1.0195772945072776, -0.6500561337543378, -0.0763281080008, -1.8124896853005]),
         ]:
             assert token[:4].tolist() == pytest.approx(expected, abs=1e-9)
         loss = objective(None, images, noise)["pixel"]
@@ -287,3 +287,76 @@ def test_the_demo_and_its_figures(tmp_path, monkeypatch, capsys):
     script("figures.py", "--demo", tmp_path / "demo", "--out", tmp_path)
     assert "</svg>" in (tmp_path / "method.svg").read_text()
     assert Image.open(tmp_path / "relations.png").size[0] > 800
+
+def test_the_benchmark_and_its_figure(pictures, tmp_path):
+    """All of it, at the smallest sizes: its numbers belong together; and its bars are drawn."""
+    import benchmark
+    seen, heads, half = torch.randn(2, 2, 5, 12), 3, [torch.randn(2, 3, 5, 4) for _ in "qkv"]
+    expected = tinymim.relation(seen[0], seen[1], heads)
+    torch.testing.assert_close(benchmark.usual_relation(seen[0], seen[1], heads), expected)
+    expected = torch.nn.functional.scaled_dot_product_attention(*half)
+    torch.testing.assert_close(benchmark.usual_attention(*half), expected)
+    printed = script("benchmark.py", "--student", "nano", "--img-size", 32, "--batch-size", 2, "--repeats", 1,
+                     "--json", "--pictures", 16, "--steps", 2, "--workers", 1, "--device", "cpu", "--data", pictures)
+    result = json.loads(printed)
+    usual, ours = result["pipeline"]
+    assert (usual["KiB per image"], ours["KiB per image"]) == (2 * 3 * 32 * 32 * 4 / 1024, 3)
+    variants = [row["variant"] for row in result["step"]]
+    assert variants == ["usual, float32", "tinymim.py, float32", "tinymim.py, bfloat16"]
+    dim, tokens, patches, blocks = 768, 5, 4, 8  # whole blocks, before the qkv of the ninth, at 3/4 of 12
+    in_block = 12 * tokens * dim**2 + 2 * tokens**2 * dim
+    flops = patches * 3 * 16**2 * dim + blocks * in_block + 3 * tokens * dim**2
+    assert result["GFLOP per image"]["teacher"] == pytest.approx(2 * flops / 1e9)
+    for row in result["step"][1:]:  # the first has a ceiling of its own
+        rate = result["ceilings"][f"product in {row['variant'].split(', ')[1]}, TFLOP/s"] * 1e12
+        share = 100 * 2 * 2 * flops / (row["teacher, ms"] / 1000) / rate
+        assert row["teacher, % of ceiling"] == pytest.approx(share)
+        assert row["images/s"] == pytest.approx(2 / (row["step, ms"] / 1000))
+    assert all(0 <= row["waiting for data, %"] < 100 and row["images/s"] > 0 for row in result["end to end"])
+    pytest.importorskip("matplotlib")
+    (tmp_path / "speed.json").write_text(printed)
+    (tmp_path / "results.json").write_text('{"few//0": 70.0, "few//1": 72.0, "few/scratch/0": 54.0}')
+    script("figures.py", "--speed", tmp_path / "speed.json", "--out", tmp_path,
+           "--results", tmp_path / "results.json")
+    assert "</svg>" in (tmp_path / "speed.svg").read_text()
+    assert Image.open(tmp_path / "results.png").size[0] > 800
+
+# ---- Robustness --------------------------------------------------------------------------------------------
+
+def test_mean_corruption_error_by_hand():
+    """Hendrycks and Dietterich: the errors of five severities over AlexNet's, averaged over corruptions."""
+    import robustness
+    alexnet = {name: [percent] * 5 for name, percent in robustness.ALEXNET.items()}
+    assert len(alexnet) == 15 and robustness.mean_corruption_error(alexnet) == pytest.approx(100)
+    errors = {"snow": [10, 20, 30, 40, 50], "fog": [81.9324] * 5}
+    assert robustness.mean_corruption_error(errors) == pytest.approx(100 * (30 / 86.6816 + 1) / 2)
+
+def test_robustness_on_folders_with_known_answers(tmp_path, capsys):
+    """A classifier that always says "b", or "a" where b is not among the classes."""
+    import robustness
+    model = finetune.Classifier(12, 1, 2, num_classes=3, patch_size=8, img_size=16)
+    model.head.weight.data.zero_()
+    model.head.bias.data = torch.tensor([1.0, 2.0, 0.0])
+    config = model.config | {"classes": ["a", "b", "c"]}
+    torch.save({"model": model.state_dict(), "config": config}, tmp_path / "x.pth")
+
+    def write(folder, counts):
+        for name, count in counts.items():
+            (tmp_path / folder / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (20, 20)).save(tmp_path / folder / name / f"{i}.png")
+
+    write("imagenet", {"a": 1, "b": 3, "c": 4})
+    write("imagenet-a", {"a": 1, "c": 3})  # among a and c it says a
+    for corruption in ("snow", "fog"):
+        for severity in range(1, 6):
+            write(f"imagenet-c/{corruption}/{severity}", {"b": severity, "c": 5 - severity + 1})
+    folders = [f"--{name}={tmp_path / name}" for name in ("imagenet", "imagenet-a", "imagenet-c")]
+    robustness.main(["--checkpoint", str(tmp_path / "x.pth"), "--device", "cpu", "--workers", "0",
+                     "--imagenet-r", "nowhere", *folders])
+    printed = capsys.readouterr().out
+    error = 100 * sum(6 - severity for severity in range(1, 6)) / 6 / 5
+    mce = 100 * (error / 86.6816 + error / 81.9324) / 2
+    assert f"x.pth | 37.5 | 25.0 | - | {mce:.1f} (2 of 15 corruptions) |" in printed
+    left_out = printed.split("left out: ")[1]
+    assert "nowhere" in left_out and "gaussian_noise" in left_out and "snow" not in left_out
