@@ -190,9 +190,9 @@ def parameter_groups(model, weight_decay, layer_decay):
         layer = model.depth + 1  # the head, and the norm before it
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        elif name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        elif name.startswith(("cls_token", "dist_token", "pos_embed", "patch_embed")):
             layer = 0
-        decay = 0.0 if parameter.ndim <= 1 or name in ("cls_token", "pos_embed") else weight_decay
+        decay = 0.0 if parameter.ndim <= 1 or name.endswith(("_token", "pos_embed")) else weight_decay
         group = dict(params=[], weight_decay=decay, lr_scale=layer_decay ** (model.depth + 1 - layer))
         groups.setdefault((layer, decay), group)["params"].append(parameter)
     return list(groups.values())
@@ -250,7 +250,7 @@ def run_evaluation(model, args, folder):
 
 # ---- 5. Training and command line --------------------------------------------------------------------------
 
-def train(args):
+def train(args, build=build, objective=Supervised):
     """What the command does. Writes last.pth, best.pth, log.jsonl and augmented.png to args.out."""
     tinymim.setup(args)
     if LOCAL_RANK > 0:
@@ -271,7 +271,7 @@ def train(args):
     transform = train_transform(model.img_size, args.crop_scale, args.augment)
     dataset = ImageDataset(paths, transform, args.seed, labels)
     val_loader = make_eval_loader(val_paths, val_labels, model.img_size, args)
-    objective = Supervised(model, AUGMENTATIONS[args.augment]["smoothing"], args.freeze)
+    objective = objective(model, AUGMENTATIONS[args.augment]["smoothing"], args.freeze).to(args.device)
     augment = Augment(len(classes), args.augment)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     if args.freeze:
@@ -287,9 +287,9 @@ def train(args):
     tinymim.fit(objective, model, dataset, augment, optimizer, args,
                 after_epoch=lambda: evaluate(model, val_loader, args))
 
-def main(argv=None):
-    parser = tinymim.make_parser("finetune.py", "Fine-tune a ViT checkpoint as a classifier, and evaluate "
-                                 "it. The defaults follow the size of the network: see RECIPES.")
+def make_parser(prog, description):
+    """The options of fine-tuning."""
+    parser = tinymim.make_parser(prog, description)
     parser.set_defaults(min_lr=None, weight_decay=None)
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--checkpoint", required=True, help="of tinymim.py, of MAE, mae_base..., or none: from scratch")
@@ -301,6 +301,11 @@ def main(argv=None):
     add("--crop-scale", type=float, default=0.08, help="smallest area of a random crop (default: 0.08)")
     add("--eval", action="store_true", help="only evaluate a fine-tuned checkpoint on --data")
     add("--class-names", help="folder with a subfolder for each class, for other checkpoints")
+    return parser
+
+def main(argv=None):
+    parser = make_parser("finetune.py", "Fine-tune a ViT checkpoint as a classifier, and evaluate it. The "
+                         "defaults follow the size of the network: see RECIPES.")
     args = parser.parse_args(argv)
     kind = "scratch" if args.checkpoint == "none" else "probe" if args.freeze else "finetune"
     start = args.student if args.checkpoint == "none" else tinymim.run_name(args.checkpoint)

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
@@ -297,7 +298,7 @@ def test_the_benchmark_and_its_figure(pictures, tmp_path):
     expected = torch.nn.functional.scaled_dot_product_attention(*half)
     torch.testing.assert_close(benchmark.usual_attention(*half), expected)
     printed = script("benchmark.py", "--student", "nano", "--img-size", 32, "--batch-size", 2, "--repeats", 1,
-                     "--json", "--pictures", 16, "--steps", 2, "--workers", 1, "--device", "cpu", "--data", pictures)
+                     "--json", "--pictures", 16, "--steps", 2, "--workers", 1, "--data", pictures)
     result = json.loads(printed)
     usual, ours = result["pipeline"]
     assert (usual["KiB per image"], ours["KiB per image"]) == (2 * 3 * 32 * 32 * 4 / 1024, 3)
@@ -360,3 +361,63 @@ def test_robustness_on_folders_with_known_answers(tmp_path, capsys):
     assert f"x.pth | 37.5 | 25.0 | - | {mce:.1f} (2 of 15 corruptions) |" in printed
     left_out = printed.split("left out: ")[1]
     assert "nowhere" in left_out and "gaussian_noise" in left_out and "snow" not in left_out
+
+# ---- Fine-tuning with distillation -------------------------------------------------------------------------
+
+def test_the_size_of_tinymim_star():
+    """About 5.8 M parameters without the heads, and 1.3 GFLOP (multiply-adds), as in the paper."""
+    import finetune_distilled
+    model = finetune_distilled.DistilledClassifier(192, 12, 12, star_dim=1280)
+    heads = sum(p.numel() for head in (model.head, model.head_dist) for p in head.parameters())
+    parameters = sum(p.numel() for p in model.parameters()) - heads
+    assert parameters == pytest.approx(5.8e6, rel=0.01)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        assert model.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
+    assert counter.get_total_flops() / 2 == pytest.approx(1.3e9, rel=0.05)
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_loss_of_both_heads(soft):
+    import finetune_distilled
+    torch.manual_seed(0)
+    model = finetune_distilled.DistilledClassifier(12, 2, 2, 5, patch_size=8, img_size=16, star_dim=0)
+    for head in (model.head, model.head_dist):
+        torch.nn.init.normal_(head.weight)
+    teacher = finetune.Classifier(12, 1, 2, 5, patch_size=8, img_size=16)
+    torch.nn.init.normal_(teacher.head.weight)
+    images, targets = torch.randn(3, 3, 16, 16), torch.rand(3, 5).softmax(-1)
+    objective = finetune_distilled.DistilledSupervised(model, 0.0, False, teacher, 0.3, soft, temperature=2.0)
+    losses = objective.train()(images, targets)
+    assert not objective.teacher.training and objective.model.training
+    one, two = model.both(images)
+    torch.testing.assert_close(model(images), (one + two) / 2)
+    expected = -0.7 * (targets * one.log_softmax(1)).sum(1).mean()
+    assert losses["labels"].item() == pytest.approx(expected.item())
+    said = teacher.eval()(images)
+    if soft:
+        p, q = (said / 2).softmax(1), (two / 2).softmax(1)
+        expected = (p * (p / q).log()).sum() * 4 / 15
+    else:
+        expected = -two.log_softmax(1)[torch.arange(3), said.argmax(1)].mean()
+    assert losses["distilled"].item() == pytest.approx(0.3 * expected.item(), rel=1e-4)
+
+def test_finetuning_with_a_label_teacher(pictures, teacher_file, tmp_path, capsys):
+    """Train, resume, evaluate; the teacher is not saved; teachers of other classes are refused."""
+    import finetune_distilled
+    folder = link(pictures, tmp_path / "labelled")
+    common = ["--data", str(folder), "--batch-size", "8", "--workers", "0", "--device", "cpu"]
+    finetune.main(["--checkpoint", str(teacher_file), "--epochs", "1", *common, "--out",
+                   str(tmp_path / "teacher")])
+    options = ["--checkpoint", str(teacher_file), "--star", "--heads", "4", "--label-teacher",
+               str(tmp_path / "teacher" / "last.pth"), "--out", str(tmp_path / "run"), *common]
+    finetune_distilled.main([*options, "--epochs", "1"])
+    finetune_distilled.main([*options, "--epochs", "2", "--resume"])
+    saved = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert saved["config"]["star_dim"] == 1280 and not any("teacher." in name for name in saved["objective"])
+    assert list(saved["history"][1])[:4] == ["epoch", "loss", "labels", "distilled"]
+    capsys.readouterr()
+    finetune_distilled.main(["--eval", "--checkpoint", str(tmp_path / "run" / "last.pth"), *common])
+    assert f"top-1 {saved['history'][1]['top1']:.3f}%" in capsys.readouterr().out
+    for teacher, says in ((str(teacher_file), "neither a model"), ("nothing", "cannot load nothing")):
+        with pytest.raises(SystemExit, match=says):
+            finetune_distilled.main([*options, "--label-teacher", teacher, "--epochs", "1", "--out",
+                                     str(tmp_path / "other")])
