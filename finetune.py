@@ -65,6 +65,8 @@ def build(args, classes=None):
     for name in ("dim", "depth", "heads", "patch_size", "img_size"):
         sizes[name] = getattr(args, name) or sizes.get(name) or {"patch_size": 16, "img_size": 224}[name]
     fill_in_recipe(args, sizes["dim"])
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size} must be 1 at least")
     if classes:
         kind = dict(num_classes=len(classes), pool=args.pool, probe=args.freeze)
         if config.get("classes") != classes:

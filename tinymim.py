@@ -18,6 +18,7 @@ import collections
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -205,8 +206,9 @@ def read_checkpoint(source, heads=None):
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and the authors save their options
             content = torch.hub.load_state_dict_from_url(url, **safe) if url else torch.load(source, **safe)
     except Exception as error:  # torch.load raises a dozen types
-        if url and not isinstance(error, OSError):  # an incomplete download
-            os.remove(os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url)))
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url or ""))
+        if os.path.isfile(path):  # an incomplete download
+            os.remove(path)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"cannot load {source} ({reason}): a file, or {', '.join(TEACHERS)}") from error
     try:
@@ -236,10 +238,10 @@ def load_weights(vit, tensors, source):
     """Copy a checkpoint's {name: tensor} into the ViT. A decoder or another head in it is left out."""
     own = vit.state_dict()  # of blocks, all is kept: something unknown, as a layer scale, must raise an error
     tensors = {name: t for name, t in tensors.items() if name in own or name.startswith("blocks.")}
-    tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], vit.grid)
     try:
+        tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], vit.grid)
         vit.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         raise UserError(f"{source} does not fit a plain ViT: {' '.join(str(error).split())[:200]}") from error
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError(f"{source} is broken: it has values that are not finite")
@@ -264,7 +266,7 @@ class TinyMIM(nn.Module):
         super().__init__()
         self.student, self.teacher, self.pairs = student, teacher.requires_grad_(False), pairs
         default = teacher.depth if teacher.depth == student.depth else math.ceil(0.75 * teacher.depth)
-        self.teacher_block = teacher_block or default
+        self.teacher_block = default if teacher_block is None else teacher_block
         self.relation_heads = relation_heads or getattr(teacher, "relation_heads", teacher.heads)
         student.config["relation_heads"] = self.relation_heads  # for when it is a teacher itself
         if not 1 <= self.teacher_block <= teacher.depth:
@@ -425,7 +427,8 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
     scaler, history = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16"), []
     if args.resume:
         saved = torch.load(last, map_location="cpu", weights_only=True)
-        objective.load_state_dict(saved["objective"], strict=False)  # all but the teacher
+        teacher = {name: t for name, t in objective.state_dict().items() if "teacher." in name}  # not saved
+        objective.load_state_dict(saved["objective"] | teacher)
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         history = saved["history"]
@@ -480,7 +483,6 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
         record |= after_epoch() or {}
         is_best = "top1" in record and all(record["top1"] > earlier["top1"] for earlier in history)
         history.append(record)
-
         if RANK == 0:
             bar.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
             with open(log, "w") as file:
@@ -511,8 +513,8 @@ def draw_relations(objective, crops, folder):
             heat = 3 * heat / heat.amax((1, 2), keepdim=True)
             columns[f"{name} {a}-{b}"] = torch.stack([heat, heat - 1, heat - 2], dim=1).clamp(0, 1)
 
-    left, top = side * column, 14 + side * row  # below the title: the label of an empty first box
-    boxes = torch.tensor([[0, 0, 0, 0], [left, top, left + side, top + side]])
+    boxes = side * torch.tensor([[0, 0, 0, 0], [column, row, column + 1, row + 1]])  # for the title, the patch
+    boxes[1, 1::2] += 14
     for title, cells in columns.items():
         cells = F.pad(F.interpolate(cells, size=side * grid), (0, 0, 14, 0), value=1.0).cpu()
         columns[title] = [draw_bounding_boxes(cell, boxes, [title, ""], ["black", "red"]) for cell in cells]
@@ -528,9 +530,8 @@ def build(args, objective=TinyMIM):
     return objective(student, teacher, args.teacher_block, args.relation_heads, args.relations)
 
 def train(args, build=build, draw=draw_relations):
-    """What the command does. To distil something else, pass another build(args): it returns a module with a
-    `student`, whose forward(student_images, teacher_images) returns {name: scalar loss}. draw() is called
-    after each epoch."""
+    """What the command does. To distil something else, pass another build(args). It returns a module with
+    a `student`, and its forward(student_images, teacher_images) returns {name: scalar loss}."""
     setup(args)
     if LOCAL_RANK > 0:
         dist.barrier()  # the first process of each machine downloads what is missing, the others find it
@@ -595,18 +596,17 @@ def run_name(path):
     folder, file = os.path.split(os.path.abspath(path))
     return os.path.basename(folder) if file in ("last.pth", "best.pth") else os.path.splitext(file)[0]
 
-ADVICE = {  # what PyTorch says, in lower case: what to do about it
+ADVICE = {  # what PyTorch says: what to do about it
     "tried to allocate": "out of memory: halve --batch-size and double --accum",
-    "shared memory": "too little shared memory for the workers: docker run --shm-size 8g, or --workers 0",
-    "pytorchstreamwriter": "the checkpoint cannot be written, is the disk full? The one before is whole",
-    "loading state_dict": "--out holds another network: --resume goes with the command of that run",
-    "parameter group": "--out holds another network: --resume goes with the command of that run",
+    "shared memory|DataLoader worker": "the workers lack memory: docker run --shm-size 8g, or --workers 0",
+    "PytorchStreamWriter|iostream error": "cannot write the checkpoint: is the disk full? The last is whole",
+    "state_dict|parameter group": "--out holds another network: --resume goes with the command of that run",
+    "file not found or corrupted": "the download is incomplete: run the command again",
 }
 
 def run(parser, args, train):
     """Run train(args). Errors that the user can fix are printed in one line."""
     main_process = os.getpid()
-
     def stop(*_):  # at once: checkpoints are always whole, and a KeyboardInterrupt inside PyTorch can crash
         if RANK == 0 and os.getpid() == main_process:
             os.write(2, b"\nstopped. If an epoch was finished, the same command with --resume continues\n")
@@ -625,7 +625,7 @@ def run(parser, args, train):
     except (UserError, OSError) as error:  # what comes from a worker begins with a traceback
         sys.exit(f"{parser.prog}: error: {str(error).rsplit('UserError: ', 1)[-1].strip()}")
     except (RuntimeError, ValueError) as error:
-        advice = [advice for symptom, advice in ADVICE.items() if symptom in str(error).lower()]
+        advice = [advice for pattern, advice in ADVICE.items() if re.search(pattern, str(error), re.I)]
         if not advice:
             raise
         sys.exit(f"{parser.prog}: error: {advice[0]}")
