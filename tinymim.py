@@ -218,7 +218,7 @@ def read_checkpoint(source, heads=None):
         dim, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
         img_size = patch_size * math.isqrt(tensors["pos_embed"].shape[1] - 1)
     except (AttributeError, KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{source} has no ViT under MAE's parameter names ({error!r})") from error
+        raise UserError(f"{source}: no ViT under MAE's parameter names like patch_embed.proj.weight ({error!r})")
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     heads = heads or config.get("heads") or HEADS.get(dim)
     if not heads:
@@ -513,7 +513,7 @@ def draw_relations(objective, crops, folder):
             heat = 3 * heat / heat.amax((1, 2), keepdim=True)
             columns[f"{name} {a}-{b}"] = torch.stack([heat, heat - 1, heat - 2], dim=1).clamp(0, 1)
 
-    boxes = side * torch.tensor([[0, 0, 0, 0], [column, row, column + 1, row + 1]])  # for the title, the patch
+    boxes = side * torch.tensor([[0, 0, 0, 0], [column, row, column + 1, row + 1]])  # of title and patch
     boxes[1, 1::2] += 14
     for title, cells in columns.items():
         cells = F.pad(F.interpolate(cells, size=side * grid), (0, 0, 14, 0), value=1.0).cpu()
