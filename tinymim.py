@@ -218,7 +218,7 @@ def read_checkpoint(source, heads=None):
         dim, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
         img_size = patch_size * math.isqrt(tensors["pos_embed"].shape[1] - 1)
     except (AttributeError, KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{source}: no ViT under MAE's parameter names like patch_embed.proj.weight ({error!r})")
+        raise UserError(f"{source}: no ViT under MAE's parameter names, patch_embed.proj.weight ({error!r})")
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     heads = heads or config.get("heads") or HEADS.get(dim)
     if not heads:
