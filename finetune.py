@@ -205,7 +205,8 @@ def make_eval_loader(paths, labels, img_size, args):
     """This process's share of the images: none is left out, and none counts twice."""
     dataset = ImageDataset(paths, eval_transform(img_size), labels=labels)
     return DataLoader(dataset, args.batch_size, sampler=range(RANK, len(paths), WORLD),
-                      num_workers=args.workers, pin_memory=args.device == "cuda")
+                      num_workers=args.workers, pin_memory=args.device == "cuda",
+                      persistent_workers=args.workers > 0)
 
 @torch.no_grad()
 def evaluate(model, loader, args, columns=None):
@@ -229,8 +230,8 @@ def evaluate(model, loader, args, columns=None):
         sums += torch.stack([torch.ones_like(labels).sum(), correct[:, 0].sum(), correct.sum(), loss])
     if WORLD > 1:
         dist.all_reduce(sums)
-    images, top1, top5, loss = sums.tolist()
-    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "val_loss": loss / images}
+    count, top1, top5, loss = sums.tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "val_loss": loss / count}
 
 def run_evaluation(model, args, folder):
     """--eval: print the accuracy on folder/val, or on the class folders in `folder`.
@@ -286,8 +287,8 @@ def train(args, build=build, objective=Supervised):
         save_image(images, os.path.join(args.out, "augmented.png"), normalize=True, scale_each=True)
         print(f"{args.checkpoint} on {len(paths)} images, {len(val_paths)} for validation, {args.epochs} "
               f"epochs, blr {args.blr}, {args.augment}, {args.device}, amp {args.amp}, {args.out}")
-    tinymim.fit(objective, model, dataset, augment, optimizer, args,
-                after_epoch=lambda: evaluate(model, val_loader, args))
+    tinymim.fit(objective=objective, model=model, dataset=dataset, prepare=augment, optimizer=optimizer,
+                args=args, after_epoch=lambda: evaluate(model, val_loader, args))
 
 def make_parser(prog, description):
     """The options of fine-tuning."""
@@ -306,6 +307,7 @@ def make_parser(prog, description):
     return parser
 
 def main(argv=None):
+    """python finetune.py, with the words of argv, or those of the command line."""
     parser = make_parser("finetune.py", "Fine-tune a ViT checkpoint as a classifier, and evaluate it. The "
                          "defaults follow the size of the network: see RECIPES.")
     args = parser.parse_args(argv)

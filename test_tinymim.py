@@ -4,7 +4,7 @@
 
 import argparse, functools, http.client, http.server, inspect, itertools, json, math, os, re, resource
 import shutil, signal, subprocess, sys, threading, time, zlib
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest, torch
@@ -85,10 +85,9 @@ def fails(main, options, *says):  # main(options) ends with an error of one line
     assert re.fullmatch(r"\w+\.py: error: .*", line) and all(text in line for text in says), line
 
 def args_of(script, *options):  # the options as script.main() hands them to script.train()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tinymim, "run", Mock())
+    with patch.object(tinymim, "run") as run:
         script.main(options)
-        return tinymim.run.call_args.args[1]
+    return run.call_args.args[1]
 
 def start(name, *options, **more):  # the script in a process of its own, and in a group of its own
     more = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) | more
@@ -101,8 +100,7 @@ def result(folder):  # all that a run left, but for its options and speed
     found = {name: load(folder, name) for name in os.listdir(folder) if name.endswith(".pth")}
     found["log"] = {"history": [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]}
     for part in found.values():
-        history = [record | {"images/s": 0} for record in part["history"]]
-        part |= {"args": None, "config": None, "history": history}
+        part |= {"args": None, "config": None, "history": [x | {"images/s": 0} for x in part["history"]]}
     return found
 
 # ---- The method --------------------------------------------------------------------------------------------
@@ -168,16 +166,17 @@ def test_large_logits_stay_finite(dtype):
 
 def test_defaults_of_the_objective():
     """The last block of a teacher as deep, else that at 3/4; its heads, or those it was distilled with."""
-    student, teacher, images = ViT(**SMALL), ViT(**WIDER, drop_path=0.5), torch.randn(2, 2, 3, 32, 32)
-    for depth, block in ((3, 3), (4, 3), (8, 6), (24, 18)):
-        objective = TinyMIM(student, ViT(**WIDER | dict(depth=depth)))
+    student, images = ViT(**SMALL | dict(depth=5)), torch.randn(2, 2, 3, 32, 32)
+    for depth, block in ((5, 5), (6, 5), (8, 6), (24, 18)):
+        teacher = ViT(**WIDER | dict(depth=depth), drop_path=0.5)
+        objective = TinyMIM(student, teacher)
         assert (objective.teacher_block, objective.relation_heads) == (block, 4)
         assert tuple(objective.pairs) == ("qq", "kk", "vv") and student.config["relation_heads"] == 4
+    assert len({objective(*images)["qq"].item() for _ in range(4)}) > 1  # drop path
     teacher.relation_heads = 3
     assert TinyMIM(student, teacher).relation_heads == 3
-    assert len({sum(TinyMIM(student, teacher)(*images).values()).item() for _ in range(9)}) > 1  # drop path
     losses = TinyMIM(student, teacher.eval(), 1, 6, ["qk"])(*images)
-    same(losses, relation_loss(student.qkv(images[0], 3), teacher.qkv(images[1], 1), 6, ["qk"]))
+    same(losses, relation_loss(student.qkv(images[0], 5), teacher.qkv(images[1], 1), 6, ["qk"]))
 
 def test_what_does_not_fit_is_said_in_words():
     for student, teacher, heads, says in [
@@ -396,8 +395,9 @@ def test_a_run_is_a_plain_loop_with_adamw(distil, tmp_path, pictures):
     same(load(tmp_path / "run")["model"], student.state_dict(), atol=1e-7)
 
 LAUNCHER = """
-import json, sys, finetune, tinymim
+import json, sys, finetune, tinymim, torch
 tinymim.color_jitter = lambda images, order, factors: images  # each process draws its own
+torch.optim.AdamW = lambda groups, **_: torch.optim.SGD(groups)  # which sees how long gradients are
 init, tinymim.dist.destroy_process_group = tinymim.dist.init_process_group, lambda: None
 tinymim.dist.init_process_group = lambda backend: tinymim.dist.is_initialized() or init(backend)
 for name, options in json.loads(sys.argv[1]):
@@ -405,7 +405,7 @@ for name, options in json.loads(sys.argv[1]):
 """
 
 def test_two_processes_and_accumulation_are_one_large_batch(distil, tune, tmp_path, monkeypatch, capsys):
-    distil, tune = distil + ["--drop-path=0"], tune + ["--drop-path=0", "--augment=crop"]
+    distil, tune = ([*options, "--drop-path=0", "--blr=5"] for options in (distil, tune + ["--augment=crop"]))
     whole, tuned, a, b, c, probe = (f"--out={tmp_path}/{name}" for name in "whole tuned a b c probe".split())
     jobs = [("tinymim", [*distil, "--batch-size=4", a]),
             ("tinymim", [*distil, "--batch-size=2", "--accum=2", b]),
@@ -419,19 +419,18 @@ def test_two_processes_and_accumulation_are_one_large_batch(distil, tune, tmp_pa
     done = subprocess.run(torchrun, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(tinymim, "color_jitter", lambda images, order, factors: images)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups))
     tinymim.main([*distil, whole])
     finetune.main([*tune, tuned])
     for part, whole in (("a", "whole"), ("b", "whole"), ("c", "tuned")):
         part, whole = result(tmp_path / part), result(tmp_path / whole)
-        for model, i in itertools.product((part["last.pth"]["model"], whole["last.pth"]["model"]), range(3)):
-            model[f"blocks.{i}.attn.qkv.bias"][24:48] = 0  # of keys: no gradient but rounding errors
-        same(part["last.pth"]["model"], whole["last.pth"]["model"], atol=5e-5)
-        same(part["log"], whole["log"], rtol=1e-4)
+        same(part["last.pth"]["model"], whole["last.pth"]["model"], atol=1e-6)
+        same(part["log"], whole["log"], rtol=1e-5)
     capsys.readouterr()
     finetune.main(jobs[-1][1])
     assert capsys.readouterr().out.splitlines()[-1] == done.stdout.splitlines()[-1]
     finetune.main([*tune, "--eval", f"--checkpoint={tmp_path}/probe/last.pth"])  # one batch norm for both
-    assert f"top-1 {load(tmp_path / 'probe')['history'][-1]['top1']:.3f}%" in capsys.readouterr().out
+    assert f"loss {load(tmp_path / 'probe')['history'][-1]['val_loss']:.4f}" in capsys.readouterr().out
 
 def forked(main, options, seconds=None, replacement=None):
     """main(options) in a forked process, killed after so many seconds, or before its n-th os.replace()."""
@@ -487,16 +486,16 @@ def test_another_objective(distil, tmp_path):  # is trained, saved and resumed; 
 
 @pytest.mark.parametrize("scripts, says, options", [  # -GLOB: without these pictures; !GLOB: they are damaged
     *[("both", "--device cpu", "--device=cuda")] * (not torch.cuda.is_available()),
-    ("both", "/nonexistent", "--data=/nonexistent"), ("both", " 0", "--epochs=0"),
-    ("both", " 0", "--batch-size=0"), ("both", "100 of 24", "--batch-size=100"), ("both", "80 of", "--accum=10"),
-    ("both", " 30", "--img-size=30"), ("both", "last.pth", "--resume"), ("both", "/null/x", "--out=/dev/null/x"),
-    ("both", "no network", "--data=imagenette"), ("tinymim", "cannot load mae_base", "--teacher=mae_base"),
+    ("both", "/nonexistent", "--data=/nonexistent"), ("both", "no network", "--data=imagenette"),
+    ("both", " 0", "--batch-size=0"), ("both", "100 of 24", "--batch-size=100"), ("both", " 0", "--epochs=0"),
+    ("both", "80 of 24", "--accum=10"), ("both", " 30", "--img-size=30"), ("both", "last.pth", "--resume"),
+    ("both", "/null/x", "--out=/dev/null/x"), ("tinymim", "cannot load mae_base", "--teacher=mae_base"),
     ("tinymim", "mae_base", "--teacher=mae_bass"), ("tinymim", "-heads or --heads", "--teacher-heads=0"),
-    ("tinymim", "relation heads", "--relation-heads=7"), ("tinymim", "1 to 4", "--teacher-block=9"),
+    ("tinymim", "1 to 4", "--teacher-block=9"), ("tinymim", "relation heads", "--relation-heads=7"),
     ("tinymim", "no .jpg, .png or .webp", "-*/*/*"), ("tinymim", "--blr", "--blr=1e30"),
     ("tinymim", "red/2.png", "!train/red/2.png --workers=1"), ("finetune", "red/8.png", "!val/red/8.png"),
     ("finetune", "red/8.png", "!val/red/8.png --workers=1"), ("finetune", "train/red", "-train/red/*"),
-    ("finetune", "class red", "-val/red"), ("finetune", "/val", "-val"), ("finetune", "two at least", "-*/[gr]*"),
+    ("finetune", "class red", "-val/red"), ("finetune", "/val", "-val"), ("finetune", "two at", "-*/[gr]*"),
     ("finetune", "No such file", "--checkpoint=x"), ("finetune", "no head", "--checkpoint=mae.pth --eval"),
 ])
 def test_errors_are_one_line(distil, tune, pictures, tmp_path, monkeypatch, scripts, says, options):
@@ -544,12 +543,13 @@ def test_a_full_disk_loses_nothing(distil, tmp_path):
     tinymim.main(distil + ["--epochs=1"])
     last, limits = tmp_path / "run" / "last.pth", resource.getrlimit(resource.RLIMIT_FSIZE)
     before = last.read_bytes()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 3000, limits[1]))  # writing past it fails
-    try:
-        fails(tinymim.main, distil + ["--resume"], "disk full")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert last.read_bytes() == before
+    for limit in (50_000, len(before) - 3000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))  # writing past it fails
+        try:
+            fails(tinymim.main, distil + ["--resume"], "disk full")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert last.read_bytes() == before
 
 def test_ctrl_c(either, tmp_path):  # during the imports, and in training with workers
     def interrupt(begun, *options):
@@ -559,8 +559,7 @@ def test_ctrl_c(either, tmp_path):  # during the imports, and in training with w
                 assert process.poll() is None
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             return process.wait(timeout=5), stderr.seek(0) or stderr.read()
-    code_and_text = interrupt(lambda pid: "libtorch" in open(f"/proc/{pid}/maps").read(), "--help")
-    assert code_and_text == (-signal.SIGINT, "")
+    assert interrupt(lambda pid: "libtorch" in open(f"/proc/{pid}/maps").read(), "--help") == (-2, "")
     last, options = tmp_path / "run" / "last.pth", [*either[1], "--epochs=9999", "--workers=2"]
     code, text = interrupt(lambda pid: last.exists(), *options)
     assert code == 130 and "Traceback" not in text and text.count("stopped") == 1
@@ -576,10 +575,8 @@ def test_odd_terminals(distil, tmp_path):  # of another encoding, without stderr
     said = [process.stderr.read() for process in processes]
     assert [process.wait() for process in processes] == [0, 0, 1, 1], said
     assert load(tmp_path / "ü")["epoch"] == load(tmp_path / "b")["epoch"] == 1
-    assert not re.search("Traceback|BrokenPipe", said[2])
+    assert not re.search("Traceback|Errno", said[2])
     assert re.fullmatch(r"finetune\.py: error: .*\\xfc.*\n", said[3])
-
-# ---- finetune.py -------------------------------------------------------------------------------------------
 
 def test_golden_classifier_and_layer_decay():
     model = filled(finetune.Classifier(192, 12, 3), "ft.", also=["pos_embed"])
@@ -660,19 +657,23 @@ def test_what_finetuning_starts_from(distil, tmp_path):  # a new head, or for th
     assert not other.pop("head.weight").equal(weights.pop("head.weight"))
     same(other, weights)
 
-def test_linear_probe_trains_the_head_alone(tune, tmp_path):
-    finetune.main(tune + ["--freeze", "--epochs=1", f"--out={tmp_path}/start", "--blr=0"])
-    finetune.main(tune + ["--freeze", "--epochs=10", "--blr=1"])
-    before, last = load(tmp_path / "start")["model"], load(tmp_path / "run")
-    changed = {name for name in before if not before[name].equal(last["model"][name])}
-    changed -= {f"head_norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
-    assert changed == {"head.weight", "head.bias"} and last["history"][-1]["top1"] > 50
+def test_linear_probe_trains_the_head_alone(tune, tmp_path):  # as does layer decay 0, but for the norm
+    for options, trained in ((["--freeze", "--blr=1"], "head."), (["--layer-decay=0"], ("head.", "fc"))):
+        run = tmp_path / options[0]
+        finetune.main([*tune, *options, f"--out={run}", "--epochs=1"])
+        before = load(run)["model"]
+        finetune.main([*tune, *options, f"--out={run}", "--epochs=10", "--resume"])
+        after, history = load(run)["model"], load(run)["history"]
+        changed = {name for name in before if not before[name].equal(after[name])}
+        changed -= {f"head_norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+        assert changed == {name for name in before if name.startswith(trained)} and history[-1]["top1"] > 50
 
 def test_recipes_follow_the_size():
+    assert vars(args_of(tinymim)).items() >= dict(epochs=300, blr=1.5e-4, drop_path=0.1, min_lr=0.0).items()
     for dim, options, expected in [
-        (192, [], dict(epochs=300, warmup_epochs=5, blr=1e-3, layer_decay=0.85, drop_path=0, augment="light")),
-        (384, ["--epochs=9", "--drop-path=0"], dict(epochs=9, blr=1e-3, layer_decay=0.75, drop_path=0.0)),
-        (768, [], dict(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.2, augment="strong", pool="avg")),
+        (192, [], dict(epochs=300, warmup_epochs=5, blr=1e-3, layer_decay=0.85, augment="light", pool="avg")),
+        (384, ["--epochs=9", "--drop-path=0"], dict(epochs=9, blr=1e-3, layer_decay=0.75, drop_path=0)),
+        (768, [], dict(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.2, augment="strong")),
         (768, ["--freeze"], dict(epochs=90, warmup_epochs=10, weight_decay=0, augment="crop", pool="token")),
     ]:
         args = args_of(finetune, "--checkpoint=x", *options)

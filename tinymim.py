@@ -101,8 +101,7 @@ STUDENTS = {  # name: (dim, depth, heads)
 }
 
 def sincos_pos_embed(dim, grid):
-    """MAE's fixed position embeddings, (1, 1 + grid², dim): zeros for the class token, then the patches. The
-    first half of the channels encodes a patch's column, the second half its row."""
+    """MAE's, (1, 1 + grid², dim): zeros for the class token; of a patch first the column, then the row."""
     frequencies = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim/2)
@@ -217,10 +216,10 @@ def read_checkpoint(source, heads=None):
                    if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()}
         dim, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
         img_size = patch_size * math.isqrt(tensors["pos_embed"].shape[1] - 1)
+        depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+        heads = heads or config.get("heads") or HEADS.get(dim)
     except (AttributeError, KeyError, ValueError, IndexError) as error:
         raise UserError(f"{source}: no ViT under MAE's parameter names, patch_embed.proj.weight ({error!r})")
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    heads = heads or config.get("heads") or HEADS.get(dim)
     if not heads:
         raise UserError(f"{source}: the number of attention heads is not known: --teacher-heads or --heads")
     return tensors, dict(dim=dim, depth=depth, heads=heads, patch_size=patch_size, img_size=img_size), config
@@ -410,13 +409,12 @@ def parameter_groups(module, weight_decay):
 
 def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
     """The training loop. After each epoch it writes log.jsonl, last.pth and, for the best "top1", best.pth.
-
     Each step minimises the sum of {name: scalar loss} = objective(*prepare(*batch)). `model` is the part of
     the objective to keep: the student, or the classifier. after_epoch() may return more for the log.
     """
     update_size = args.batch_size * args.accum * WORLD  # images per update
     if args.epochs < 1 or not 0 < update_size <= len(dataset):
-        raise UserError(f"--epochs {args.epochs}, one update needs {update_size} of {len(dataset)} images")
+        raise UserError(f"--epochs {args.epochs}, and {update_size} of {len(dataset)} images in an update")
     updates = len(dataset) // update_size  # per epoch
     warmup = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
     peak = args.blr * update_size / 256
@@ -427,7 +425,7 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
     scaler, history = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16"), []
     if args.resume:
         saved = torch.load(last, map_location="cpu", weights_only=True)
-        teacher = {name: t for name, t in objective.state_dict().items() if "teacher." in name}  # not saved
+        teacher = {name: t for name, t in objective.state_dict().items() if ".teacher." in "." + name}
         objective.load_state_dict(saved["objective"] | teacher)
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
@@ -465,7 +463,7 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
             unused = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
             if unused:
                 raise UserError(f"the losses do not depend on {unused[0]}: use it, or freeze it")
-            scaler.step(optimizer)  # without gradient clipping, as in MAE and in the authors' code
+            scaler.step(optimizer)  # MAE and the authors need no gradient clipping: the warm-up does
             scaler.update()
             optimizer.zero_grad()
 
@@ -484,21 +482,23 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
         is_best = "top1" in record and all(record["top1"] > earlier["top1"] for earlier in history)
         history.append(record)
         if RANK == 0:
-            bar.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
-            with open(log, "w") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in history)
-            parts = {name: t for name, t in objective.state_dict().items() if "teacher." not in name}
+            bar.write("  ".join(f"{name} {value:.5g}" for name, value in record.items()))
+            parts = {name: t for name, t in objective.state_dict().items() if ".teacher." not in "." + name}
             checkpoint = dict(model=model.state_dict(), config=model.config, objective=parts, epoch=epoch + 1,
                               optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), history=history,
                               args=vars(args))
             for path in [best, last] if is_best else [last]:
                 torch.save(checkpoint, path + ".part")
                 os.replace(path + ".part", path)  # a kill while writing leaves the old file whole
+            with open(log, "w") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in history)
 
 @torch.no_grad()
 def draw_relations(objective, crops, folder):
     """relations.png: how one patch (outlined) of each crop, uint8 (B, 3, H, W), relates to all, in teacher
     and student, the mean over heads, from black (weak) over red and yellow to white (strong)."""
+    if not isinstance(objective, TinyMIM):
+        return
     objective.eval()  # with drop path the maps would be noise
     student, grid, images = objective.student, objective.student.grid, normalize(crops / 255)
     row, column, side = grid // 2, grid // 3, 112 // grid  # of the outlined patch
@@ -518,16 +518,16 @@ def draw_relations(objective, crops, folder):
     for title, cells in columns.items():
         cells = F.pad(F.interpolate(cells, size=side * grid), (0, 0, 14, 0), value=1.0).cpu()
         columns[title] = [draw_bounding_boxes(cell, boxes, [title, ""], ["black", "red"]) for cell in cells]
-    cells = [cell for row in zip(*columns.values()) for cell in row]
+    cells = [cell for crop in zip(*columns.values()) for cell in crop]
     save_image(cells, os.path.join(folder, "relations.png"), nrow=len(columns), pad_value=1.0)
 
 def build(args, objective=TinyMIM):
     """The objective that the options describe: a new student, and the teacher that it learns from."""
-    teacher = load_teacher(args.teacher, args.img_size, args.teacher_heads, args.teacher_drop_path)
+    teacher = load_teacher(args.teacher, args.img_size, args.teacher_heads, drop_path=args.teacher_drop_path)
     dim, depth, heads = STUDENTS[args.student]
-    student = ViT(args.dim or dim, args.depth or depth, args.heads or heads, teacher.config["patch_size"],
-                  teacher.img_size, args.drop_path)
-    return objective(student, teacher, args.teacher_block, args.relation_heads, args.relations)
+    student = ViT(args.dim or dim, args.depth or depth, args.heads or heads, img_size=teacher.img_size,
+                  patch_size=teacher.config["patch_size"], drop_path=args.drop_path)
+    return objective(student, teacher, args.teacher_block, args.relation_heads, pairs=args.relations)
 
 def train(args, build=build, draw=draw_relations):
     """What the command does. To distil something else, pass another build(args). It returns a module with
@@ -598,7 +598,7 @@ def run_name(path):
 
 ADVICE = {  # what PyTorch says: what to do about it
     "tried to allocate": "out of memory: halve --batch-size and double --accum",
-    "shared memory|DataLoader worker": "the workers lack memory: docker run --shm-size 8g, or --workers 0",
+    r"memory\(shm\)|worker \(pid": "the workers lack memory: docker run --shm-size 8g, or --workers 0",
     "PytorchStreamWriter|iostream error": "cannot write the checkpoint: is the disk full? The last is whole",
     "state_dict|parameter group": "--out holds another network: --resume goes with the command of that run",
     "file not found or corrupted": "the download is incomplete: run the command again",

@@ -117,7 +117,7 @@ def build(args, classes=None):
     """See finetune.build."""
     star = STAR if args.star else {}
     args.heads = args.heads or star.get("heads")
-    args.epochs = args.epochs or (1000 if args.star else None)
+    args.epochs = 1000 if args.star and args.epochs is None else args.epochs
     tensors, sizes, config = tinymim.read_checkpoint(args.checkpoint, args.heads)
     finetune.fill_in_recipe(args, sizes["dim"])
     sizes["img_size"] = args.img_size or sizes["img_size"]

@@ -89,8 +89,8 @@ class MAE(nn.Module):
 
 def build(args):
     dim, depth, heads = STUDENTS[args.student]
-    student = ViT(args.dim or dim, args.depth or depth, args.heads or heads, args.patch_size,
-                  args.img_size or 224, args.drop_path)
+    student = ViT(args.dim or dim, args.depth or depth, args.heads or heads, patch_size=args.patch_size,
+                  img_size=args.img_size or 224, drop_path=args.drop_path)
     return MAE(student, args.mask_ratio, args.decoder)
 
 def main(argv=None):
@@ -103,7 +103,7 @@ def main(argv=None):
         help="its width, depth and heads (default: 512 8 16)")
     args = parser.parse_args(argv)
     args.out = args.out or os.path.join("runs", f"mae-{args.student}")
-    tinymim.run(parser, args, lambda args: tinymim.train(args, build, draw=lambda *_: None))
+    tinymim.run(parser, args, lambda args: tinymim.train(args, build))
 
 if __name__ == "__main__":
     main()

@@ -4,8 +4,8 @@
         --imagenet-a /path/to/imagenet-a --imagenet-r /path/to/imagenet-r --imagenet-c /path/to/imagenet-c
 
 Each has a folder of images for each class. -A and -R have 200 of the 1000 classes, and the model chooses
-among those. ImageNet-C is CORRUPTION/SEVERITY/CLASS, with 15 corruptions in 5 severities. What is not named or
-not there is left out, and said to be.
+among those. ImageNet-C is CORRUPTION/SEVERITY/CLASS, with 15 corruptions in 5 severities. What is not named
+or not there is left out, and said to be.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Draw the demo's labelled pictures: one filled shape on a two-tone ground, at a random place, size, turn and colours.
+"""Draw the demo's pictures: one filled shape on a two-tone ground, at a random place, size, turn and colours.
 
     python extras/shapes.py FOLDER --train 40000 --val 1000      (ten classes; FOLDER/{train,val}/CLASS/N.png)
 """
@@ -51,14 +51,15 @@ def write(folder, count, seed, size=40):
         os.makedirs(os.path.join(folder, name), exist_ok=True)
     for i in range(count):
         name = names[i % len(names)]
-        Image.fromarray(draw(name, random, size)).save(os.path.join(folder, name, f"{i}.png"), compress_level=1)
+        picture = Image.fromarray(draw(name, random, size))
+        picture.save(os.path.join(folder, name, f"{i}.png"), compress_level=1)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw the demo's labelled pictures of ten shapes.")
     parser.add_argument("folder")
-    parser.add_argument("--train", type=int, default=40000, metavar="N", help="pictures in FOLDER/train; default: 40000")
-    parser.add_argument("--val", type=int, default=1000, metavar="N", help="pictures in FOLDER/val; default: 1000")
+    parser.add_argument("--train", type=int, default=40000, help="pictures in FOLDER/train (default: 40000)")
+    parser.add_argument("--val", type=int, default=1000, help="pictures in FOLDER/val (default: 1000)")
     parser.add_argument("--size", type=int, default=40, metavar="N", help="in pixels; default: 40")
     args = parser.parse_args()
     try:

@@ -86,12 +86,12 @@ def features(vit, images, block):
     x = vit.embed(images)
     for earlier in vit.blocks[:block - 1]:
         x = earlier(x)
-    block = vit.blocks[block - 1]
-    attention = block.attn(block.norm1(x))
-    ffn = block.mlp(block.norm2(x + attention))
+    last = vit.blocks[block - 1]
+    attention = last.attn(last.norm1(x))
+    ffn = last.mlp(last.norm2(x + attention))
     output = x + attention + ffn
     return {"output": output, "attention": attention, "attention-after": x + attention, "ffn": ffn,
-            "ffn-after": output, "qkv": torch.cat(block.qkv(x), dim=-1)}
+            "ffn-after": output, "qkv": torch.cat(last.qkv(x), dim=-1)}
 
 class Feature(nn.Module):
     """Smooth-L1 (beta 2) between a linear map of the student's output and a feature of the teacher's block,
@@ -150,7 +150,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     name = f"{args.student}-{tinymim.run_name(args.teacher)}-{args.target}"
     args.out = args.out or os.path.join("runs", name)
-    tinymim.run(parser, args, lambda args: tinymim.train(args, build, draw=lambda *_: None))
+    tinymim.run(parser, args, lambda args: tinymim.train(args, build))
 
 if __name__ == "__main__":
     main()
