@@ -101,7 +101,7 @@ STUDENTS = {  # name: (dim, depth, heads)
 }
 
 def sincos_pos_embed(dim, grid):
-    """MAE's, (1, 1 + grid², dim): zeros for the class token; of a patch first the column, then the row."""
+    """MAE's position embeddings (1, 1 + grid², dim): zeros for the class token; column, row of a patch."""
     frequencies = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim/2)
@@ -414,7 +414,7 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
     """
     update_size = args.batch_size * args.accum * WORLD  # images per update
     if args.epochs < 1 or not 0 < update_size <= len(dataset):
-        raise UserError(f"--epochs {args.epochs}, and {update_size} of {len(dataset)} images in an update")
+        raise UserError(f"--epochs {args.epochs}, updates of {update_size} of {len(dataset)} images: wrong")
     updates = len(dataset) // update_size  # per epoch
     warmup = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
     peak = args.blr * update_size / 256
