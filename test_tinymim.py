@@ -2,7 +2,7 @@
 (TinyMIM, MAE) and timm, on weights and images that a formula fills (`fill`): anyone can compute them again.
 """
 
-import argparse, functools, http.client, http.server, inspect, itertools, json, math, os, re, resource
+import argparse, functools, http.client, http.server, inspect, itertools, json, math, os, re
 import shutil, signal, subprocess, sys, threading, time, zlib
 from unittest.mock import Mock, patch
 
@@ -16,7 +16,7 @@ import finetune, tinymim
 from tinymim import TinyMIM, UserError, ViT, relation, relation_loss
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-README = open(f"{HERE}/README.md", encoding="utf-8").read()
+README, EXTRAS = (open(f"{HERE}/{name}README.md", encoding="utf-8").read() for name in ("", "extras/"))
 KILLS = int(os.environ.get("KILLS", 12))  # how often runs are killed at random moments
 SMALL = dict(dim=24, depth=3, heads=2, patch_size=8, img_size=32)  # a ViT that a test can train
 WIDER = SMALL | dict(dim=48, depth=4, heads=4)
@@ -432,13 +432,13 @@ def test_two_processes_and_accumulation_are_one_large_batch(distil, tune, tmp_pa
     finetune.main([*tune, "--eval", f"--checkpoint={tmp_path}/probe/last.pth"])  # one batch norm for both
     assert f"loss {load(tmp_path / 'probe')['history'][-1]['val_loss']:.4f}" in capsys.readouterr().out
 
-def forked(main, options, seconds=None, replacement=None):
-    """main(options) in a forked process, killed after so many seconds, or before its n-th os.replace()."""
-    child = os.fork()
-    if child == 0:
+def forked(main, options, seconds=None, step=None):
+    """main(options) in a forked process, killed after so many seconds, or before or after an os.replace()."""
+    if (child := os.fork()) == 0:
         tinymim.tqdm.set_lock(threading.RLock())  # the usual one is shared: a killed process would keep it
-        count, replace = itertools.count(1), os.replace
-        os.replace = lambda *args: os.kill(os.getpid(), 9) if next(count) == replacement else replace(*args)
+        steps, replace = itertools.count(1), os.replace
+        kill = lambda: next(steps) == step and os.kill(os.getpid(), signal.SIGKILL)
+        os.replace = lambda *paths: (kill(), replace(*paths), kill())
         try:
             main(options)
         finally:
@@ -451,12 +451,12 @@ def forked(main, options, seconds=None, replacement=None):
 @pytest.mark.parametrize("first, then", [
     ([], []), 2 * [["--workers=2"]], ([], ["--workers=1"]), 2 * [["--amp=bf16"]], 2 * [["--amp=fp16"]]])
 def test_a_killed_run_resumes_exactly(either, first, then, tmp_path):
-    """Bit for bit, after kills before each step of saving and, up to three in a run, at random moments."""
+    """Bit for bit, after kills between all steps of saving and, up to three in a run, at random moments."""
     main, options, run = either[0], either[1] + ["--drop-path=0.2"], tmp_path / "run"
     began, generator = time.perf_counter(), np.random.RandomState(0)
     forked(main, [*options, *first, f"--out={tmp_path}/whole"])
     moments = (time.perf_counter() - began) * generator.uniform(0.2, 0.8, KILLS // 2)
-    kills = [[dict(replacement=n)] for n in range(1, 7)]
+    kills = [[dict(step=step)] for step in range(1, 13)]
     kills += [[dict(seconds=moment) for moment in moments[i:i + 3]] for i in range(0, len(moments), 3)]
     for kills_of_run in kills[1:2] if then else kills:
         for kill in [*kills_of_run, {}]:
@@ -476,7 +476,7 @@ def test_another_objective(distil, tmp_path):  # is trained, saved and resumed; 
         return objective
     main = functools.partial(tinymim.main, build=build, draw=lambda *_: None)
     main(distil + [f"--out={tmp_path}/whole"])
-    forked(main, distil, replacement=3)
+    forked(main, distil, step=5)
     (tmp_path / "run" / "log.jsonl").write_text('{"epoch": 1, "lo')  # the history is in the checkpoint too
     main(distil + ["--resume"])
     same(result(tmp_path / "run"), result(tmp_path / "whole"))
@@ -541,6 +541,7 @@ def test_what_pytorch_says_becomes_advice(distil, monkeypatch, message, says):
 
 def test_a_full_disk_loses_nothing(distil, tmp_path):
     tinymim.main(distil + ["--epochs=1"])
+    resource = pytest.importorskip("resource")  # not on Windows
     last, limits = tmp_path / "run" / "last.pth", resource.getrlimit(resource.RLIMIT_FSIZE)
     before = last.read_bytes()
     for limit in (50_000, len(before) - 3000):
@@ -726,7 +727,7 @@ def test_readme_commands_have_options_that_exist():
         except SystemExit as stopped:
             assert stopped.code == 0 or not options.strip(), (name, options)  # --help, or the name alone
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n((?:(?!```).)*import .*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("code", re.findall(r"```python\n((?:(?!```).)*import .*?)```", README + EXTRAS, re.DOTALL))
 def test_readme_snippets_run(code, distil, tmp_path, monkeypatch):  # those without imports are formulas
     if re.search(r"^(import|from) timm", code, flags=re.MULTILINE):
         pytest.importorskip("timm")

@@ -414,7 +414,7 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
     """
     update_size = args.batch_size * args.accum * WORLD  # images per update
     if args.epochs < 1 or not 0 < update_size <= len(dataset):
-        raise UserError(f"--epochs {args.epochs}, updates of {update_size} of {len(dataset)} images: wrong")
+        raise UserError(f"cannot do {args.epochs} epochs with {update_size} of {len(dataset)} images a step")
     updates = len(dataset) // update_size  # per epoch
     warmup = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
     peak = args.blr * update_size / 256
@@ -599,7 +599,7 @@ def run_name(path):
 ADVICE = {  # what PyTorch says: what to do about it
     "tried to allocate": "out of memory: halve --batch-size and double --accum",
     r"memory\(shm\)|worker \(pid": "the workers lack memory: docker run --shm-size 8g, or --workers 0",
-    "PytorchStreamWriter|iostream error": "cannot write the checkpoint: is the disk full? The last is whole",
+    "inline_container|iostream error": "cannot write the checkpoint: is the disk full? The last is whole",
     "state_dict|parameter group": "--out holds another network: --resume goes with the command of that run",
     "file not found or corrupted": "the download is incomplete: run the command again",
 }

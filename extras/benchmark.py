@@ -20,7 +20,6 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from timeit import default_timer as clock, repeat
 
@@ -153,7 +152,7 @@ def measure_training(args, paths):
     sys.stdout = sys.stderr  # fit prints
     tinymim.setup(args)
     if args.teacher in TEACHERS:  # with random weights
-        tinymim.load_teacher = lambda name, img_size, *_: ViT(*TEACHERS[name], img_size)
+        tinymim.load_teacher = lambda name, img_size, *_, **__: ViT(*TEACHERS[name], img_size)
     if args.usual:
         tinymim.F.scaled_dot_product_attention, tinymim.relation = usual_attention, usual_relation
     training, on_gpu, work = Training(args), args.device == "cuda", args.work
@@ -161,8 +160,11 @@ def measure_training(args, paths):
         if step == 3 and on_gpu:
             torch.cuda.reset_peak_memory_stats()  # of compiling and tuning
         training.step()
-    kib = getrusage(RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)  # of this process
-    kib = torch.cuda.max_memory_allocated() / 1024 if on_gpu else kib
+    if on_gpu:
+        kib = torch.cuda.max_memory_allocated() / 1024
+    else:
+        import resource  # not on Windows
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
 
     parts = training.parts()
     for part in () if work else ("teacher", "student", "relation loss", "step"):
