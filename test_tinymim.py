@@ -727,7 +727,9 @@ def test_readme_commands_have_options_that_exist():
         except SystemExit as stopped:
             assert stopped.code == 0 or not options.strip(), (name, options)  # --help, or the name alone
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n((?:(?!```).)*import .*?)```", README + EXTRAS, re.DOTALL))
+SNIPPETS = re.findall(r"```python\n((?:(?!```).)*import .*?)```", README + EXTRAS, re.DOTALL)
+
+@pytest.mark.parametrize("code", SNIPPETS)
 def test_readme_snippets_run(code, distil, tmp_path, monkeypatch):  # those without imports are formulas
     if re.search(r"^(import|from) timm", code, flags=re.MULTILINE):
         pytest.importorskip("timm")
