@@ -378,7 +378,7 @@ def setup(args):
         if found and not args.resume:
             raise UserError(f"{args.out} holds a run ({found[0]}): add --resume, or choose another --out")
         if args.resume and "last.pth" not in found:
-            raise UserError(f"there is no last.pth in {args.out} to resume: start without --resume")
+            raise UserError(f"there is no last.pth in {args.out} to resume: choose another --out")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = args.device == "cuda"
     if on_gpu and LOCAL_RANK >= torch.cuda.device_count():
@@ -483,6 +483,8 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
         history.append(record)
         if RANK == 0:
             bar.write("  ".join(f"{name} {value:.5g}" for name, value in record.items()))
+            with open(log, "w") as file:  # before last.pth: what a kill cuts off is written again on --resume
+                file.writelines(json.dumps(entry) + "\n" for entry in history)
             parts = {name: t for name, t in objective.state_dict().items() if ".teacher." not in "." + name}
             checkpoint = dict(model=model.state_dict(), config=model.config, objective=parts, epoch=epoch + 1,
                               optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), history=history,
@@ -490,8 +492,6 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
             for path in [best, last] if is_best else [last]:
                 torch.save(checkpoint, path + ".part")
                 os.replace(path + ".part", path)  # a kill while writing leaves the old file whole
-            with open(log, "w") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in history)
 
 @torch.no_grad()
 def draw_relations(objective, crops, folder):
