@@ -398,10 +398,13 @@ LAUNCHER = """
 import json, sys, finetune, tinymim, torch
 tinymim.color_jitter = lambda images, order, factors: images  # each process draws its own
 torch.optim.AdamW = lambda groups, **_: torch.optim.SGD(groups)  # which sees how long gradients are
-init, tinymim.dist.destroy_process_group = tinymim.dist.init_process_group, lambda: None
+init, destroy = tinymim.dist.init_process_group, tinymim.dist.destroy_process_group
 tinymim.dist.init_process_group = lambda backend: tinymim.dist.is_initialized() or init(backend)
+tinymim.dist.destroy_process_group = lambda: None  # one group for all runs
 for name, options in json.loads(sys.argv[1]):
     {"tinymim": tinymim, "finetune": finetune}[name].main(options)
+tinymim.dist.barrier()
+destroy()
 """
 
 def test_two_processes_and_accumulation_are_one_large_batch(distil, tune, tmp_path, monkeypatch, capsys):
