@@ -201,9 +201,9 @@ def parameter_groups(model, weight_decay, layer_decay):
 
 # ---- 4. Evaluation -----------------------------------------------------------------------------------------
 
-def make_eval_loader(paths, labels, img_size, args):
+def make_eval_loader(paths, labels, transform, args):
     """This process's share of the images: none is left out, and none counts twice."""
-    dataset = ImageDataset(paths, eval_transform(img_size), labels=labels)
+    dataset = ImageDataset(paths, transform, labels=labels)
     return DataLoader(dataset, args.batch_size, sampler=range(RANK, len(paths), WORLD),
                       num_workers=args.workers, pin_memory=args.device == "cuda",
                       persistent_workers=args.workers > 0)
@@ -246,7 +246,8 @@ def run_evaluation(model, args, folder):
         raise UserError(f"not all of the {len(classes)} classes in {folder} are known to be of the model's "
                         f"{model.head.out_features}: name a folder that has them all with --class-names")
     columns = torch.tensor([known.index(name) for name in classes], device=args.device)
-    result = evaluate(model, make_eval_loader(paths, labels, model.img_size, args), args, columns)
+    loader = make_eval_loader(paths, labels, eval_transform(model.img_size), args)
+    result = evaluate(model, loader, args, columns)
     if RANK == 0:
         print(f"{args.checkpoint} on {len(paths)} images of {len(classes)} classes in {folder}: "
               f"top-1 {result['top1']:.3f}%, top-5 {result['top5']:.3f}%, loss {result['val_loss']:.4f}")
@@ -273,7 +274,7 @@ def train(args, build=build, objective=Supervised):
 
     transform = train_transform(model.img_size, args.crop_scale, args.augment)
     dataset = ImageDataset(paths, transform, args.seed, labels)
-    val_loader = make_eval_loader(val_paths, val_labels, model.img_size, args)
+    val_loader = make_eval_loader(val_paths, val_labels, eval_transform(model.img_size), args)
     objective = objective(model, AUGMENTATIONS[args.augment]["smoothing"], args.freeze).to(args.device)
     augment = Augment(len(classes), args.augment)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)

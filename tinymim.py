@@ -502,11 +502,11 @@ def draw_relations(objective, crops, folder):
     objective.eval()  # with drop path the maps would be noise
     student, grid, images = objective.student, objective.student.grid, normalize(crops / 255)
     row, column, side = grid // 2, grid // 3, 112 // grid  # of the outlined patch
-    networks = (("teacher", objective.teacher, objective.teacher_block), ("student", student, student.depth))
+    networks = {"teacher": dict(zip("qkv", objective.teacher.qkv(images, objective.teacher_block))),
+                "student": dict(zip("qkv", student.qkv(images, student.depth)))}
     columns = {"crop": crops / 255}
     for a, b in objective.pairs:
-        for name, network, block in networks:
-            qkv = dict(zip("qkv", network.qkv(images, block)))
+        for name, qkv in networks.items():
             heat = relation(qkv[a], qkv[b], objective.relation_heads).exp().mean(dim=1)  # (B, N, N)
             heat = heat[:, 1 + row * grid + column, 1:].unflatten(1, (grid, grid))  # no class token
             heat[:, row, column] = 0  # to itself a patch relates far more strongly

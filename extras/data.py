@@ -43,6 +43,10 @@ def link_splits(root, out):
             os.symlink(os.path.abspath(target), link)
     return len(paths)
 
+def of_seeds(found, labels, spec):
+    """The top-1 of all seeds of a row, among the results."""
+    return [top1 for key, top1 in found.items() if key.startswith(f"{labels}/{spec}/")]
+
 def results(path, key=None, top1=None):
     """Add {key: top1} to a JSON file that other processes change, too. Returns all that is in it."""
     found = {}

@@ -14,7 +14,8 @@ import statistics
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 import torch
 from PIL import Image, ImageDraw
 
@@ -23,7 +24,6 @@ import mae
 import shapes
 import tinymim
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEACHER = os.path.join(ROOT, "assets", "shapes_teacher.pth")
 PICTURES, LABELLED, VALIDATION = 12000, 2000, 1000  # of all ten shapes together
 STUDENT = "--dim 64 --depth 4 --heads 4"

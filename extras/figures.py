@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tinymim
+from data import of_seeds
 from study import ROWS
 
 try:
@@ -140,13 +141,11 @@ def draw(args):
                   for key, column in columns.items()}
         draw_bars(panels, os.path.join(args.out, "speed.svg"))
     if args.results:
-        found, panels = json.load(open(args.results)), {"few": {}, "all": {}}
-        for labels in panels:
-            bars = {row: [top1 for key, top1 in found.items() if key.startswith(f"{labels}/{spec}/")]
-                    for table, row, spec, _ in ROWS if table == "T8"}
-            panels[labels] = {row: values for row, values in bars.items() if values}
-        titles = {"few": "top-1 (%), a tenth of the labels", "all": "top-1 (%), all labels"}
-        panels = {titles[labels]: bars for labels, bars in panels.items() if bars}
+        found, panels = json.load(open(args.results)), {}
+        for labels, title in (("few", "a tenth of the labels"), ("all", "all labels")):
+            bars = {row: of_seeds(found, labels, spec) for table, row, spec, _ in ROWS if table == "T8"}
+            bars = {row: values for row, values in bars.items() if values}
+            panels |= {f"top-1 (%), {title}": bars} if bars else {}
         draw_bars(panels, os.path.join(args.out, "results.png"))
 
 def main(argv=None):

@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import finetune
 import tinymim
 from finetune import Classifier, Supervised
-from tinymim import UserError
+from tinymim import UserError, ViT
 
 STAR = dict(heads=12, star_dim=1280)  # the wide layer before the heads, as in MobileNetV3 and LeViT
 
@@ -53,10 +53,7 @@ class DistilledClassifier(Classifier):
 
     def both(self, images):
         """The logits of the two heads, (B, num_classes) each."""
-        x = self.embed(images)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x[:, :2])
+        x = ViT.forward(self, images)[:, :2]
         if self.config["star_dim"]:
             x = self.fc_norm(self.pre_head(x))
         return self.head(x[:, 0]), self.head_dist(x[:, 1])
@@ -123,14 +120,14 @@ def build(args, classes=None):
     sizes["img_size"] = args.img_size or sizes["img_size"]
     if classes is None and "head_dist.weight" not in tensors:
         raise UserError(f"{args.checkpoint} has no distillation head: finetune.py --eval evaluates it")
-    kind = dict(num_classes=len(classes or config["classes"]), star_dim=star.get("star_dim", 0))
-    kind["star_dim"] = kind["star_dim"] if classes else config["star_dim"]
-    model = DistilledClassifier(**sizes, **kind, drop_path=args.drop_path)
-    model.config["classes"] = classes or config["classes"]
+    known = classes or config["classes"]
+    star_dim = star.get("star_dim", 0) if classes else config["star_dim"]
+    model = DistilledClassifier(**sizes, num_classes=len(known), star_dim=star_dim, drop_path=args.drop_path)
+    model.config["classes"] = known
     new = ("head", "fc_norm", "pre_head", "dist_token") if classes else ()
     if classes and config.get("classes") != classes:
         tensors = {name: t for name, t in tensors.items() if not name.startswith("head")}
-    initial = {name: t for name, t in model.state_dict().items() if name.startswith(tuple(new))}
+    initial = {name: t for name, t in model.state_dict().items() if name.startswith(new)}
     tinymim.load_weights(model, initial | tensors, args.checkpoint)
     return model
 

@@ -8,7 +8,6 @@ among those. ImageNet-C is CORRUPTION/SEVERITY/CLASS, with 15 corruptions in 5 s
 or not there is left out, and said to be.
 """
 
-import argparse
 import os
 import sys
 
@@ -44,10 +43,11 @@ def top1(model, args, folder, whole=False):
     unknown = sorted(set(classes) - set(args.classes))
     if unknown:
         raise UserError(f"{folder} has the class {unknown[0]}, which the model does not know")
-    loader = finetune.make_eval_loader(paths, labels, model.img_size, args)
+    transform = finetune.eval_transform(model.img_size)
     if whole:
         resize = v2.Resize(model.img_size, interpolation=InterpolationMode.BICUBIC)
-        loader.dataset.transform = v2.Compose([resize, v2.CenterCrop(model.img_size)])
+        transform = v2.Compose([resize, v2.CenterCrop(model.img_size)])
+    loader = finetune.make_eval_loader(paths, labels, transform, args)
     columns = torch.tensor([args.classes.index(name) for name in classes], device=args.device)
     return finetune.evaluate(model, loader, args, columns)["top1"]
 
@@ -89,18 +89,10 @@ def evaluate(args):
         print(f"left out: {', '.join(missing)}")
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("extras/robustness.py", description="Top-1 on ImageNet's variants.")
-    parser.add_argument("--checkpoint", required=True, help="a fine-tuned one")
+    parser = finetune.make_parser("extras/robustness.py", "Top-1 on ImageNet's variants.")
+    add = parser.add_argument_group("robustness").add_argument
     for name in ("imagenet", "imagenet-a", "imagenet-r", "imagenet-c"):
-        parser.add_argument(f"--{name}", help="folder")
-    parser.add_argument("--class-names", help="folder with a subfolder for each class, for other checkpoints")
-    parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="image decoders")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
-    parser.add_argument("--amp", choices=("auto", *tinymim.DTYPES), default="auto")
-    unused = ("out", "compile", "dim", "depth", "heads", "patch_size", "img_size", "freeze", "epochs", "blr",
-              "pool", "layer_decay", "drop_path", "weight_decay", "min_lr", "augment", "warmup_epochs")
-    parser.set_defaults(seed=0, resume=False, student="tiny", **dict.fromkeys(unused))
+        add(f"--{name}", help="folder")
     tinymim.run(parser, parser.parse_args(argv), evaluate)
 
 if __name__ == "__main__":

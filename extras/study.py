@@ -137,8 +137,7 @@ def print_tables(results, tables):
         for row, spec, paper in rows:
             cells, less = [str(paper or "")], [f"{paper - rows[0][2]:+.1f}" if paper else "-"]
             for labels in ("few", "all"):
-                values, first = ([top1 for key, top1 in results.items() if key.startswith(f"{labels}/{x}/")]
-                                 for x in (spec, rows[0][1]))
+                values, first = (data.of_seeds(results, labels, x) for x in (spec, rows[0][1]))
                 deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1f}{deviation}" if values else "")
                 difference = statistics.mean(values) - statistics.mean(first) if values and first else None
