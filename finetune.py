@@ -288,8 +288,12 @@ def train(args, build=build, objective=Supervised):
         save_image(images, os.path.join(args.out, "augmented.png"), normalize=True, scale_each=True)
         print(f"{args.checkpoint} on {len(paths)} images, {len(val_paths)} for validation, {args.epochs} "
               f"epochs, blr {args.blr}, {args.augment}, {args.device}, amp {args.amp}, {args.out}")
+    def after_epoch(epoch):
+        if epoch % args.eval_every == 0 or epoch == args.epochs:
+            return evaluate(model, val_loader, args)
+
     tinymim.fit(objective=objective, model=model, dataset=dataset, prepare=augment, optimizer=optimizer,
-                args=args, after_epoch=lambda: evaluate(model, val_loader, args))
+                args=args, after_epoch=after_epoch)
 
 def make_parser(prog, description):
     """The options of fine-tuning."""
@@ -303,6 +307,7 @@ def make_parser(prog, description):
     add("--patch-size", type=int, help="in pixels, with --checkpoint none")
     add("--augment", choices=AUGMENTATIONS, help="crop: crops and flips only, for few or small images")
     add("--crop-scale", type=float, default=0.08, help="smallest area of a random crop (default: 0.08)")
+    add("--eval-every", type=int, default=1, help="epochs between evaluations (default: 1)")
     add("--eval", action="store_true", help="only evaluate a fine-tuned checkpoint on --data")
     add("--class-names", help="folder with a subfolder for each class, for other checkpoints")
     return parser

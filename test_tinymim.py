@@ -640,6 +640,8 @@ def test_finetuning_learns_and_is_evaluated_exactly(tune, pictures, tmp_path, ca
     for name in ("green", "red"):  # a folder that lacks a class: it chooses among the others
         shutil.copytree(val / name, some / name)
     evaluate(capsys, run / "last.pth", some, [1, 2])
+    finetune.main([*tune, f"--out={tmp_path}/rare", "--epochs=5", "--eval-every=2"])
+    assert [record["epoch"] for record in load(tmp_path / "rare")["history"] if "top1" in record] == [2, 4, 5]
     torch.save({"model": last["model"]}, bare)  # MAE's files do not tell the classes
     fails(finetune.main, [*QUICK, "--eval", f"--checkpoint={bare}", f"--data={some}"], "--class-names")
     evaluate(capsys, bare, some, [1, 2], f"--class-names={pictures}/train")

@@ -407,10 +407,10 @@ def parameter_groups(module, weight_decay):
     return [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
 
-def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
+def fit(objective, model, dataset, prepare, optimizer, args, after_epoch, schedule=learning_rate):
     """The training loop. After each epoch it writes log.jsonl, last.pth and, for the best "top1", best.pth.
     Each step minimises the sum of {name: scalar loss} = objective(*prepare(*batch)). `model` is the part of
-    the objective to keep: the student, or the classifier. after_epoch() may return more for the log.
+    the objective to keep: the student, or the classifier. after_epoch(epoch) may return more for the log.
     """
     update_size = args.batch_size * args.accum * WORLD  # images per update
     if args.epochs < 1 or not 0 < update_size <= len(dataset):
@@ -444,7 +444,7 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
         objective.train()
 
         for update in range(updates):
-            lr = learning_rate(epoch + update / updates, peak, warmup, args.epochs, args.min_lr)
+            lr = schedule(epoch + update / updates, peak, warmup, args.epochs, args.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -478,8 +478,8 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch):
             dist.all_reduce(means)
         record = {"epoch": epoch + 1} | dict(zip(sums, means.tolist())) | {"lr": lr}
         record["images/s"] = updates * update_size / (time.perf_counter() - began)
-        record |= after_epoch() or {}
-        is_best = "top1" in record and all(record["top1"] > earlier["top1"] for earlier in history)
+        record |= after_epoch(epoch + 1) or {}
+        is_best = "top1" in record and all(record["top1"] > old.get("top1", -1) for old in history)
         history.append(record)
         if RANK == 0:
             bar.write("  ".join(f"{name} {value:.5g}" for name, value in record.items()))
@@ -551,7 +551,7 @@ def train(args, build=build, draw=draw_relations):
     if RANK == 0:
         print(f"{type(objective).__name__} on {len(paths)} images, {args.device}, amp {args.amp}: {args.out}")
     fit(objective, objective.student, dataset, prepare, optimizer, args,
-        after_epoch=lambda: draw(objective, examples.to(args.device), args.out) if RANK == 0 else None)
+        after_epoch=lambda _: draw(objective, examples.to(args.device), args.out) if RANK == 0 else None)
 
 # ---- 6. Command line ---------------------------------------------------------------------------------------
 

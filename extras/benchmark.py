@@ -121,7 +121,7 @@ class Training:
         dataset = make_dataset(args, np.resize(paths, args.steps * args.batch_size), args.usual)
         with tempfile.TemporaryDirectory() as args.out:
             tinymim.fit(self.objective, self.objective.student, dataset, self.prepare, self.optimizer, args,
-                        after_epoch=lambda: epochs.append((clock() - Watched.began, Watched.waited)))
+                        after_epoch=lambda _: epochs.append((clock() - Watched.began, Watched.waited)))
         rates = [(len(dataset) - args.batch_size) / seconds for seconds, _ in epochs[1:]]
         shares = [100 * waited / seconds for seconds, waited in epochs[1:]]
         return {"variant": args.variant, "images/s": median(rates), "waiting for data, %": median(shares)}

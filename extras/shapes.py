@@ -1,6 +1,7 @@
 """Draw the demo's pictures: one filled shape on a two-tone ground, at a random place, size, turn and colours.
 
-    python extras/shapes.py FOLDER --train 40000 --val 1000      (ten classes; FOLDER/{train,val}/CLASS/N.png)
+    python extras/shapes.py FOLDER --train 40000 --val 1000    (ten classes; FOLDER/{train,val}/CLASS/N.png)
+    python extras/shapes.py FOLDER --train 2000 --val 200 --segmentation    (in ADE20K's format; 11 classes)
 """
 
 import argparse
@@ -26,9 +27,9 @@ SHAPES = {  # inside the shape or not, for coordinates in [-1, 1]², x to the ri
     "star": lambda x, y: np.hypot(x, y) * (1 - 0.42 * np.cos(5 * np.arctan2(y, x))) < 0.6,
 }
 
-
 def draw(shape, random, size):
-    """One picture of `shape`, uint8 (size, size, 3), with edges smoothed by drawing at twice the size."""
+    """A picture of `shape`, uint8 (size, size, 3), and where the shape is, bool (size, size). It is drawn at
+    twice the size, and so has smooth edges."""
     y, x = (np.mgrid[:2 * size, :2 * size] + 0.5) / size - 1  # (2 size, 2 size) each, in [-1, 1]
     turn, split = random.uniform(0, 2 * np.pi, 2)
     radius = random.uniform(0.35, 0.7)
@@ -41,8 +42,8 @@ def draw(shape, random, size):
         if abs(colours[2] - colours[:2]).max(axis=1).min() > 100:  # the shape stands out from both grounds
             break
     picture = colours[np.where(inside, 2, ground.astype(int))]
-    return picture.reshape(size, 2, size, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
-
+    picture = picture.reshape(size, 2, size, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+    return picture, inside.reshape(size, 2, size, 2).mean(axis=(1, 3)) >= 0.5
 
 def write(folder, count, seed, size=40):
     """Draw `count` pictures, as many of each shape, into folder/SHAPE/N.png."""
@@ -51,9 +52,24 @@ def write(folder, count, seed, size=40):
         os.makedirs(os.path.join(folder, name), exist_ok=True)
     for i in range(count):
         name = names[i % len(names)]
-        picture = Image.fromarray(draw(name, random, size))
+        picture = Image.fromarray(draw(name, random, size)[0])
         picture.save(os.path.join(folder, name, f"{i}.png"), compress_level=1)
 
+def write_segmentation(folder, split, count, seed, size=40):
+    """Draw `count` pictures of four shapes, (2 size, 2 size), and their label maps, in ADE20K's format:
+    folder/{images,annotations}/split/N.png. Label 1 is the ground, 2 the first of SHAPES."""
+    random = np.random.RandomState(seed)
+    for kind in ("images", "annotations"):
+        os.makedirs(os.path.join(folder, kind, split), exist_ok=True)
+    for i in range(count):
+        picture = np.zeros((2 * size, 2 * size, 3), np.uint8)
+        labels = np.ones((2 * size, 2 * size), np.uint8)
+        for top, left in ((0, 0), (0, size), (size, 0), (size, size)):
+            quarter, number = np.s_[top:top + size, left:left + size], random.randint(len(SHAPES))
+            picture[quarter], inside = draw(list(SHAPES)[number], random, size)
+            labels[quarter][inside] = number + 2
+        for kind, array in (("images", picture), ("annotations", labels)):
+            Image.fromarray(array).save(os.path.join(folder, kind, split, f"{i}.png"), compress_level=1)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw the demo's labelled pictures of ten shapes.")
@@ -61,12 +77,17 @@ if __name__ == "__main__":
     parser.add_argument("--train", type=int, default=40000, help="pictures in FOLDER/train (default: 40000)")
     parser.add_argument("--val", type=int, default=1000, help="pictures in FOLDER/val (default: 1000)")
     parser.add_argument("--size", type=int, default=40, metavar="N", help="in pixels; default: 40")
+    parser.add_argument("--segmentation", action="store_true", help="four shapes a picture, and label maps")
     args = parser.parse_args()
     try:
-        write(os.path.join(args.folder, "train"), args.train, seed=1, size=args.size)
-        write(os.path.join(args.folder, "val"), args.val, seed=2, size=args.size)
+        if args.segmentation:
+            write_segmentation(args.folder, "training", args.train, seed=6, size=args.size)
+            write_segmentation(args.folder, "validation", args.val, seed=7, size=args.size)
+        else:
+            write(os.path.join(args.folder, "train"), args.train, seed=1, size=args.size)
+            write(os.path.join(args.folder, "val"), args.val, seed=2, size=args.size)
     except OSError as error:
         sys.exit(f"shapes.py: error: cannot write in {args.folder} ({error})")
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"{args.train} and {args.val} pictures in {args.folder}/train and {args.folder}/val")
+    print(f"{args.train} and {args.val} pictures in {args.folder}")

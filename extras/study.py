@@ -5,9 +5,8 @@
     python extras/study.py --smallest                   (a trial of every row, on a few drawn shapes)
 
 A teacher is pre-trained with MAE. In each row a student learns from it in one way and is fine-tuned on a
-tenth of the labels or on all. Its top-1 on the test photos after the last epoch counts. OUT/results.json
-keeps what is finished; a stop costs an epoch. On a CPU, once there is a teacher, start one process for
-each core, with other --seeds and the same --out.
+tenth of the labels or on all. The last epoch's top-1 on the test photos counts. OUT/results.json keeps it; a
+stop costs an epoch. Once there is a teacher, start a process for each core, with other --seeds.
 """
 
 import argparse
@@ -77,11 +76,13 @@ def method_of(spec):
                 "feature" if "target" in spec else "relation")
 
 def rates_to_try(method):
-    """Six pairs for each method: --blr of pre-training, --blr of fine-tuning."""
+    """Six pairs for each method: --blr of pre-training, --blr of fine-tuning. For the teacher three."""
     if method in ("scratch", "teacher"):
-        return [(0, blr) for blr in (4e-3, 1e-3, 2e-3, 8e-3, 1.6e-2, 3.2e-2)]
-    half = 2 if method == "mae" else 1
-    return [(blr / half, fine) for blr in (4e-3, 2e-3, 8e-3) for fine in (4e-3, 8e-3)]
+        tries = (4e-3, 2e-3, 8e-3) if method == "teacher" else (4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2, 3.2e-2)
+        return [(0, blr) for blr in tries]
+    usual = 2e-3 if method == "mae" else 4e-3
+    tries = ((1, 4e-3), (1, 8e-3), (1, 1.6e-2), (0.5, 8e-3), (2, 8e-3), (2, 1.6e-2))
+    return [(usual * factor, fine) for factor, fine in tries]
 
 def sizes(args, network):
     numbers = (SMALLEST if args.smallest else NETWORKS)[network]
@@ -123,9 +124,10 @@ def accuracy(args, spec, seed, labels, rates):
         checkpoint = os.path.join(args.out, "teacher", "last.pth")
     else:
         checkpoint = pretrain(args, spec, os.path.join(folder, "pretrain"), seed, rates[0])
+    options += ["--drop-path", 0, "--augment", "crop", "--crop-scale", 0.5, "--eval-every", epochs]
     history = run(finetune.main, os.path.join(folder, f"{labels}-{rates[1]:g}"), "--checkpoint", checkpoint,
                   "--data", photos, "--epochs", epochs, "--batch-size", batch, "--blr", rates[1], "--seed",
-                  seed, "--drop-path", 0, "--augment", "crop", "--crop-scale", 0.5, *options, *args.machine)
+                  seed, *options, *args.machine)
     return history[-1]["top1"]
 
 def print_tables(results, tables):
@@ -147,7 +149,7 @@ def print_tables(results, tables):
 def main(argv=None):
     parser = argparse.ArgumentParser("study.py", description="The paper's tables at small scale.")
     add, tables = parser.add_argument, list(dict.fromkeys(row[0] for row in ROWS))
-    add("--data", help="cifar10 (downloaded to data/), or a folder with train/ and test/ or val/")
+    add("--data", default="cifar10", help="or a folder with train/ and test/ or val/ (default: cifar10)")
     add("--out", default="runs/study", help="folder for everything (default: runs/study)")
     add("--tables", nargs="+", choices=tables, default=tables, help="default: all")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of student and fine-tuning (default: 0 1 2)")
@@ -155,8 +157,8 @@ def main(argv=None):
     add("--tune", nargs="*", choices=METHODS, help="choose learning rates, of these methods or of all")
     add("--print", action="store_true", help="only print the tables of OUT/results.json")
     add("--smallest", action="store_true", help="try every row with tiny networks on a few drawn shapes")
-    for name, default in (("teacher", 60), ("mae", 16), ("distill", 5), ("few", 20), ("all", 10)):
-        add(f"--{name}-epochs", type=int, default=default, help=f"default: {default}")
+    for name, epochs in (("teacher", 60), ("mae", 10), ("distill", 3), ("few", 20), ("all", 5)):
+        add(f"--{name}-epochs", type=int, default=epochs, help=f"default: {epochs}")
     add("--batch-size", type=int, default=128, help="of pre-training; half in fine-tuning (default: 128)")
     args = parser.parse_args(argv)
     path = os.path.join(args.out, "results.json")
@@ -167,8 +169,6 @@ def main(argv=None):
         args.teacher_epochs = args.mae_epochs = args.distill_epochs = args.few_epochs = args.all_epochs = 1
         shapes.write(os.path.join(args.data, "train"), 160, seed=1, size=32)
         shapes.write(os.path.join(args.data, "val"), 20, seed=2, size=32)
-    if not args.data:
-        parser.error("say which photos: --data cifar10, or a folder")
     args.images = data.link_splits(data.cifar10() if args.data == "cifar10" else args.data, args.out)
     args.machine = ["--workers", 0]
     tinymim.decode = functools.cache(tinymim.decode)  # small photos fit in memory: decode them once
@@ -179,8 +179,9 @@ def main(argv=None):
 
     pretrain(args, "mae", os.path.join(args.out, "teacher"), blr=1.5e-3, network="teacher")
     specs = [row[2] for row in ROWS if row[0] in args.tables]
-    if args.tune is not None:  # with shorter pre-training, the same for all
-        args.mae_epochs, args.distill_epochs, args.labels, args.seeds = 6, 2, ["tune"], [0]
+    if args.tune is not None:  # with shorter runs
+        args.mae_epochs, args.distill_epochs, args.few_epochs, args.seeds = 3, 1, 10, [0]
+        args.labels = ["tune"]
         specs = [METHODS[name] for name in args.tune or METHODS]
     for labels in args.labels:
         for seed, spec in [(seed, spec) for seed in args.seeds for spec in specs]:

@@ -3,7 +3,9 @@
 The golden numbers of MAE were computed in float64 by its authors' code, on weights that a formula fills.
 """
 
+import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,12 +15,14 @@ import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import tv_tensors
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import data
 import finetune
 import mae
+import segment
 import shapes
 import study
 import targets
@@ -423,3 +427,129 @@ def test_finetuning_with_a_label_teacher(pictures, teacher_file, tmp_path, capsy
         with pytest.raises(SystemExit, match=says):
             finetune_distilled.main([*options, "--label-teacher", teacher, "--epochs", "1", "--out",
                                      str(tmp_path / "other")])
+
+# ---- Segmentation ------------------------------------------------------------------------------------------
+
+def test_scores_by_hand_and_by_sets():
+    truth = torch.tensor([0, 0, 0, 0, 1, 1, segment.IGNORED, segment.IGNORED])
+    said = torch.tensor([0, 0, 0, 1, 1, 0, 0, 3])
+    matrix = segment.confusion(said, truth, 4)
+    assert matrix.tolist() == [[3, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
+    result, iou = segment.scores(matrix)  # classes 2 and 3 do not occur: they do not count
+    assert iou[:2] == pytest.approx([60, 100 / 3]) and all(math.isnan(x) for x in iou[2:])
+    assert result == pytest.approx({"mIoU": 140 / 3, "mean_accuracy": 62.5, "pixel_accuracy": 400 / 6})
+    torch.manual_seed(0)
+    pairs = [(torch.randint(5, (30, 20)), torch.randint(6, (30, 20))) for _ in range(3)]
+    truths = [torch.where(truth == 5, segment.IGNORED, truth) for _, truth in pairs]
+    matrix = sum(segment.confusion(said, truth, 5) for (said, _), truth in zip(pairs, truths))
+    true, said = torch.cat(truths).flatten().tolist(), torch.cat([x for x, _ in pairs]).flatten().tolist()
+    for label in range(5):
+        a = {i for i, x in enumerate(true) if x == label}
+        b = {i for i, x in enumerate(said) if x == label and true[i] != segment.IGNORED}
+        assert segment.scores(matrix)[1][label] == pytest.approx(100 * len(a & b) / len(a | b))
+
+def test_feature_maps_of_a_distilled_student(pictures, teacher_file, tmp_path):
+    """512 pixels in, four maps out. What distillation did not train keeps the checkpoint's initial values."""
+    tinymim.main(f"--dim 24 --depth 4 --heads 2 --teacher {teacher_file} --data {pictures} --epochs 1 "
+                 f"--batch-size 20 --workers 0 --out {tmp_path}".split())
+    args = dict.fromkeys(("heads", "dim", "depth", "patch_size"), None) | dict(num_classes=5, channels=8)
+    args |= dict(checkpoint=str(tmp_path / "last.pth"), student="tiny", img_size=512, eval=False, drop_path=0)
+    model = segment.build(argparse.Namespace(**args)).eval()
+    assert model.taps == [1, 2, 3, 4] and segment.Segmenter(24, 12, 2, channels=8).taps == [4, 6, 8, 12]
+    images = torch.randn(1, 3, 512, 512)
+    with torch.no_grad():
+        maps = model.features(images)
+        assert [x.shape for x in maps] == [(1, 24, 64 * s // 2, 64 * s // 2) for s in (8, 4, 2, 1)]
+        assert model(images).shape == (1, 5, 256, 256)
+        x = model.blocks[1](model.blocks[0](model.embed(images)))  # the second map, spelt out
+        x = model.neck[1](x[:, 1:].transpose(1, 2).reshape(1, 24, 64, 64))
+    torch.testing.assert_close(maps[1], x)
+    saved = torch.load(tmp_path / "last.pth", weights_only=True)["model"]
+    for name in ("blocks.3.mlp.fc1.weight", "blocks.3.attn.proj.weight", "blocks.3.attn.qkv.weight"):
+        assert torch.equal(model.state_dict()[name], saved[name])
+
+def test_photo_and_labels_move_together():
+    """Boxes 40 levels bright for each label: so they remain, but at edges, and where colours change."""
+    labels = torch.arange(5).repeat_interleave(20).expand(60, 100)
+    photo = (40 * labels).to(torch.uint8).expand(3, -1, -1)
+    transform = segment.Transform(48, train=True)
+    transform.change = transform.change.transforms[0]  # the flip, without the colours
+    torch.manual_seed(0)
+    sizes = set()
+    for _ in range(40):
+        crop, label = transform(tv_tensors.Image(photo), tv_tensors.Mask(labels.to(torch.uint8)))
+        assert crop.shape == (3, 48, 48) and label.shape == (48, 48)
+        known = label != segment.IGNORED
+        sizes.add(known.sum().item())
+        assert ((crop[0].int() - 40 * label.int()).abs() < 10)[known].float().mean() > 0.8
+        assert label[known].bincount().max() <= 0.75 * known.sum()
+        assert (crop[:, ~known].T == torch.tensor([124, 116, 104])).all()  # the padding is gray
+    assert len(sizes) > 3  # crops of small scales are padded
+    shrunk, same = segment.Transform(48, train=False)(tv_tensors.Image(photo), labels)
+    assert shrunk.shape == (3, 48, 80) and same is labels
+
+@pytest.mark.parametrize("size", [(48, 48), (48, 100), (30, 70)])
+def test_sliding_windows_cover_the_image(size):
+    """A network that returns its input returns the image; each window is as large as in training."""
+    windows = []
+    def network(images):
+        windows.append(images.shape)
+        return images
+    image = torch.randn(3, *size)
+    torch.testing.assert_close(segment.slide(network, image, 48, 31), image)
+    assert windows == [(1 + math.ceil(max(size[1] - 48, 0) / 31), 3, 48, 48)]
+
+def test_segmentation_trains_resumes_and_evaluates(teacher_file, tmp_path, capsys, monkeypatch):
+    """The same results on two processes."""
+    shapes.write_segmentation(tmp_path / "data", "training", 8, seed=1, size=16)
+    shapes.write_segmentation(tmp_path / "data", "validation", 5, seed=2, size=16)
+    common = ["--data", str(tmp_path / "data"), "--img-size", "32", "--workers", "0", "--device", "cpu"]
+    options = ["--checkpoint", str(teacher_file), *common, "--num-classes", "11", "--channels", "8",
+               "--eval-every", "8", "--warmup-iterations", "2", "--batch-size", "4", "--blr", "0.3"]
+    segment.main([*options, "--iterations", "16", "--out", str(tmp_path / "whole")])
+    saved = torch.load(tmp_path / "whole" / "last.pth", weights_only=True)
+    history = saved["history"]
+    assert [record["lr"] for record in history] == pytest.approx([0.3 / 64 * (1 - x / 16) for x in (7, 15)])
+    assert history[1]["loss"] < history[0]["loss"]
+    assert history[1]["main"] + history[1]["aux"] == pytest.approx(history[1]["loss"], rel=1e-5)
+    assert Image.open(tmp_path / "whole" / "segmentation.png").width > 3 * 256
+
+    with monkeypatch.context() as patch:  # stopped in the second half, and continued: nothing changes
+        results = iter([segment.scores(torch.eye(11))])
+        patch.setattr(segment, "evaluate", lambda *_: next(results))
+        with pytest.raises(StopIteration):
+            segment.main([*options, "--iterations", "16", "--out", str(tmp_path / "part")])
+    segment.main([*options, "--iterations", "16", "--out", str(tmp_path / "part"), "--resume"])
+    resumed = torch.load(tmp_path / "part" / "last.pth", weights_only=True)["model"]
+    assert all(torch.equal(tensor, saved["model"][name]) for name, tensor in resumed.items())
+
+    capsys.readouterr()
+    checkpoint = str(tmp_path / "whole" / "last.pth")
+    segment.main(["--eval", "--checkpoint", checkpoint, *common])
+    one = capsys.readouterr().out.splitlines()
+    assert len(one) == 12 and one[0].startswith("IoU") and f"mIoU {history[1]['mIoU']:.2f}" in one[-1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, os.path.join(HERE, "segment.py"), "--eval", "--checkpoint", checkpoint, *common]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.stdout.splitlines()[-12:] == one, done.stderr
+
+@pytest.mark.parametrize("options, says", [
+    ("--img-size 30", "30 by 8"), ("--num-classes 3", "has label"), ("--data nowhere", "nowhere"),
+    ("--checkpoint {data}/x.txt", "cannot load"), ("--eval", "not a checkpoint of this script"),
+    ("--iterations 5 --eval-every 2", "multiple"), ("--epochs 3", "iterations"),
+    ("--data {data}/small", "pixels"), ("--data {data}/missing", "1 photos have no label map"),
+    ("--data {data}/colour", "one byte"),
+])
+def test_mistakes_in_segmentation(options, says, teacher_file, tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("no checkpoint")
+    for folder in (".", "small", "missing", "colour"):
+        shapes.write_segmentation(tmp_path / folder, "training", 2, seed=1, size=16)
+        shapes.write_segmentation(tmp_path / folder, "validation", 1, seed=2, size=16)
+    Image.new("L", (5, 5)).save(tmp_path / "small/annotations/training/0.png")
+    os.remove(tmp_path / "missing/annotations/validation/0.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "colour/annotations/training/1.png")
+    common = (f"--checkpoint {teacher_file} --data {tmp_path} --img-size 32 --iterations 2 --eval-every 2 "
+              f"--batch-size 2 --num-classes 11 --workers 0 --device cpu --channels 8 --out {tmp_path}/run ")
+    with pytest.raises(SystemExit) as stopped:
+        segment.main((common + options.format(data=tmp_path)).split())
+    assert says in str(stopped.value) + capsys.readouterr().err
