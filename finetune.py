@@ -295,11 +295,12 @@ def train(args, build=build, objective=Supervised):
     tinymim.fit(objective=objective, model=model, dataset=dataset, prepare=augment, optimizer=optimizer,
                 args=args, after_epoch=after_epoch)
 
-def make_parser(prog, description):
+def make_parser(prog, doc):
     """The options of fine-tuning."""
-    parser = tinymim.make_parser(prog, description)
+    parser = tinymim.make_parser(prog, doc)
     parser.set_defaults(min_lr=None, weight_decay=None)
-    add = parser.add_argument_group("fine-tuning").add_argument
+    text = "Defaults that are None follow the size of the network: see RECIPES."
+    add = parser.add_argument_group("fine-tuning", text).add_argument
     add("--checkpoint", required=True, help="of tinymim.py, of MAE, mae_base..., or none: from scratch")
     add("--pool", choices=("avg", "token"), help="classify the mean of the patches, or the class token")
     add("--freeze", action="store_true", help="train the head alone (linear probe)")
@@ -314,13 +315,14 @@ def make_parser(prog, description):
 
 def main(argv=None):
     """python finetune.py, with the words of argv, or those of the command line."""
-    parser = make_parser("finetune.py", "Fine-tune a ViT checkpoint as a classifier, and evaluate it. The "
-                         "defaults follow the size of the network: see RECIPES.")
+    parser = make_parser("finetune.py", __doc__)
     args = parser.parse_args(argv)
     kind = "scratch" if args.checkpoint == "none" else "probe" if args.freeze else "finetune"
     start = args.student if args.checkpoint == "none" else tinymim.run_name(args.checkpoint)
     args.out = None if args.eval else args.out or os.path.join("runs", f"{kind}-{start}")
     tinymim.run(parser, args, train)
+    if RANK == 0 and not args.eval:
+        print(f"finished. Next: python finetune.py --eval --checkpoint {args.out}/best.pth --data {args.data}")
 
 if __name__ == "__main__":
     main()

@@ -569,18 +569,15 @@ def test_ctrl_c(either, tmp_path):  # during the imports, and in training with w
     assert code == 130 and "Traceback" not in text and text.count("stopped") == 1
     assert "--resume" in text.splitlines()[-1] and load(tmp_path / "run")["epoch"] > 0
 
-def test_odd_terminals(distil, tmp_path):  # of another encoding, without stderr, soon closed; and an error
-    ascii, distil = os.environ | {"PYTHONIOENCODING": "ascii"}, distil + ["--epochs=1"]
-    processes = [start("tinymim", *distil, f"--out={tmp_path}/ü", env=ascii),
-                 start("tinymim", *distil, f"--out={tmp_path}/b", preexec_fn=lambda: os.close(2)),
-                 start("tinymim", *distil, f"--out={tmp_path}/c", "--epochs=200"),
-                 start("finetune", "--checkpoint=none", "--data=/ü", f"--out={tmp_path}/d", env=ascii)]
-    processes[2].stdout.close()
+def test_odd_terminals(distil, tmp_path):  # umlauts, a pipe that is soon closed, and an error
+    processes = [start("tinymim", *distil, f"--out={tmp_path}/ü", "--epochs=1"),
+                 start("tinymim", *distil, f"--out={tmp_path}/b", "--epochs=200"),
+                 start("finetune", "--checkpoint=none", "--data=/ü", f"--out={tmp_path}/c")]
+    processes[1].stdout.close()
     said = [process.stderr.read() for process in processes]
-    assert [process.wait() for process in processes] == [0, 0, 1, 1], said
-    assert load(tmp_path / "ü")["epoch"] == load(tmp_path / "b")["epoch"] == 1
-    assert not re.search("Traceback|Errno", said[2])
-    assert re.fullmatch(r"finetune\.py: error: .*\\xfc.*\n", said[3])
+    assert [process.wait() for process in processes] == [0, 1, 1], said
+    assert load(tmp_path / "ü")["epoch"] == 1 and not re.search("Traceback|Errno", said[1])
+    assert re.fullmatch(r"finetune\.py: error: .*ü.*\n", said[2])
 
 def test_golden_classifier_and_layer_decay():
     model = filled(finetune.Classifier(192, 12, 3), "ft.", also=["pos_embed"])

@@ -1,6 +1,8 @@
 """TinyMIM in one file: distil a small Vision Transformer from a large one that was pre-trained with MAE.
 
     python tinymim.py --student tiny --teacher mae_base --data /path/to/imagenet
+    python tinymim.py --student small --teacher runs/base/last.pth --relations qk vv
+    torchrun --nproc-per-node 8 tinymim.py --student base --teacher mae_large
 
 Paper: Ren, Wei, Zhang, Hu. TinyMIM: An Empirical Study of Distilling MIM Pre-Trained Models. CVPR 2023,
 https://arxiv.org/abs/2301.01296 ("T7" below is its Table 7). The method, where a and b are two of a block's
@@ -34,7 +36,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 from torchvision.datasets import Imagenette
 from torchvision.io import decode_image, read_file
 from torchvision.ops import StochasticDepth
@@ -46,7 +48,6 @@ from tqdm import tqdm
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}  # --amp: the dtype of autocast
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -555,9 +556,10 @@ def train(args, build=build, draw=draw_relations):
 
 # ---- 6. Command line ---------------------------------------------------------------------------------------
 
-def make_parser(prog, description, teacher=False):
-    """The options that all scripts share and, with teacher=True, those of distillation."""
-    parser = argparse.ArgumentParser(prog, f"python {prog} [options]", description)
+def make_parser(prog, doc, teacher=False):
+    """The options that all scripts share and, with teacher, of distillation. doc: a line, examples, more."""
+    parser = argparse.ArgumentParser(prog, f"python {prog} [options]", *doc.split("\n\n")[:2],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--student", choices=STUDENTS, default="tiny", help="size of a new ViT (default: tiny)")
     for name in ("dim", "depth", "heads"):
@@ -566,13 +568,13 @@ def make_parser(prog, description, teacher=False):
     add("--data", default="imagenette", help="folder of images (default: imagenette, downloaded to data/)")
     add("--out", help="folder for checkpoints, log and pictures (default: runs/ and a name)")
     add("--resume", action="store_true", help="continue a run: repeat its command and add this")
-    add("--epochs", type=int, help="passes over the data")
+    add("--epochs", type=int, help="passes over the data (default: %(default)s)")
     add("--warmup-epochs", type=float, help="epochs of linear warm-up (default: --epochs / 20)")
-    add("--batch-size", type=int, help="images per process and step")
+    add("--batch-size", type=int, help="images per process and step (default: %(default)s)")
     add("--accum", type=int, default=1, help="steps whose gradients make one update (default: 1)")
-    add("--blr", type=float, help="peak learning rate for 256 images per update")
+    add("--blr", type=float, help="peak learning rate for 256 images per update (default: %(default)s)")
     add("--weight-decay", type=float, default=0.05, help="AdamW's (default: 0.05), not for biases and norms")
-    add("--drop-path", type=float, help="rate of skipping a block's attention or MLP")
+    add("--drop-path", type=float, help="rate of skipping a block's attention or MLP (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, order, crops, colours, drop path (default: 0)")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="image decoders per training process")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
@@ -606,16 +608,12 @@ ADVICE = {  # what PyTorch says: what to do about it
 
 def run(parser, args, train):
     """Run train(args). Errors that the user can fix are printed in one line."""
-    main_process = os.getpid()
     def stop(*_):  # at once: checkpoints are always whole, and a KeyboardInterrupt inside PyTorch can crash
-        if RANK == 0 and os.getpid() == main_process:
+        if RANK == 0 and get_worker_info() is None:
             os.write(2, b"\nstopped. If an epoch was finished, the same command with --resume continues\n")
         os._exit(130)
 
     signal.signal(signal.SIGINT, stop)
-    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # None after 2>&-
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # for paths that the terminal cannot show
     try:
         train(args)
         if WORLD > 1:
@@ -631,10 +629,12 @@ def run(parser, args, train):
         sys.exit(f"{parser.prog}: error: {advice[0]}")
 
 def main(argv=None, build=build, draw=draw_relations):
-    parser = make_parser("tinymim.py", "Distil a small ViT from a large MAE-pretrained one.", teacher=True)
+    parser = make_parser("tinymim.py", __doc__, teacher=True)
     args = parser.parse_args(argv)
     args.out = args.out or os.path.join("runs", f"{args.student}-{run_name(args.teacher)}")
     run(parser, args, lambda args: train(args, build, draw))
+    if RANK == 0:
+        print(f"finished. Next: python finetune.py --checkpoint {args.out}/last.pth --data {args.data}")
 
 if __name__ == "__main__":
     main()

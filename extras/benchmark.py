@@ -244,7 +244,7 @@ def benchmark(args):
     print(json.dumps(result, indent=1)) if args.json else print_tables(result)
 
 def main(argv=None):
-    parser = tinymim.make_parser("extras/benchmark.py", "How fast this machine distils.", teacher=True)
+    parser = tinymim.make_parser("extras/benchmark.py", __doc__, teacher=True)
     parser.set_defaults(img_size=224, batch_size=None, blr=1e-6, warmup_epochs=0)
     add = parser.add_argument_group("benchmark").add_argument
     add("--pictures", type=int, default=1024, help="in a pass of the input pipeline (default: 1024)")

@@ -139,7 +139,7 @@ def train(args):
     finetune.train(args, build, objective)
 
 def main(argv=None):
-    parser = finetune.make_parser("extras/finetune_distilled.py", "Fine-tune with a label teacher.")
+    parser = finetune.make_parser("extras/finetune_distilled.py", __doc__)
     add = parser.add_argument_group("distillation").add_argument
     add("--star", action="store_true", help="TinyMIM*-T's 12 heads and wide layer, 1000 epochs")
     add("--label-teacher", default="regnet_y_16gf", help="a model of torchvision, or a checkpoint of "

@@ -94,7 +94,7 @@ def build(args):
     return MAE(student, args.mask_ratio, args.decoder)
 
 def main(argv=None):
-    parser = tinymim.make_parser("extras/mae.py", "Pre-train a ViT with MAE.")
+    parser = tinymim.make_parser("extras/mae.py", __doc__)
     parser.set_defaults(epochs=800, batch_size=256, blr=1.5e-4, min_lr=0.0, drop_path=0.0)
     add = parser.add_argument_group("MAE").add_argument
     add("--patch-size", type=int, default=16, help="in pixels (default: 16)")
@@ -104,6 +104,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.out = args.out or os.path.join("runs", f"mae-{args.student}")
     tinymim.run(parser, args, lambda args: tinymim.train(args, build))
+    if tinymim.RANK == 0:
+        print(f"finished. Next: python tinymim.py --teacher {args.out}/last.pth --data {args.data}")
 
 if __name__ == "__main__":
     main()

@@ -89,7 +89,7 @@ def evaluate(args):
         print(f"left out: {', '.join(missing)}")
 
 def main(argv=None):
-    parser = finetune.make_parser("extras/robustness.py", "Top-1 on ImageNet's variants.")
+    parser = finetune.make_parser("extras/robustness.py", __doc__)
     add = parser.add_argument_group("robustness").add_argument
     for name in ("imagenet", "imagenet-a", "imagenet-r", "imagenet-c"):
         add(f"--{name}", help="folder")

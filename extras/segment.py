@@ -297,7 +297,7 @@ def train(args):
                 args=args, after_epoch=lambda _: evaluate(model, validation, args)[0], schedule=linear)
 
 def main(argv=None):
-    parser = tinymim.make_parser("extras/segment.py", "Fine-tune a ViT checkpoint for segmentation.")
+    parser = tinymim.make_parser("extras/segment.py", __doc__)
     parser.set_defaults(data="ade20k", batch_size=16, blr=1.6e-3, min_lr=0.0, drop_path=0.1)
     add = parser.add_argument_group("segmentation").add_argument
     add("--checkpoint", required=True, help="of tinymim.py, of MAE, mae_base..., or none: from scratch")

@@ -76,12 +76,12 @@ def method_of(spec):
                 "feature" if "target" in spec else "relation")
 
 def rates_to_try(method):
-    """Six pairs for each method: --blr of pre-training, --blr of fine-tuning. For the teacher three."""
+    """Seven pairs for each method: --blr of pre-training, --blr of fine-tuning. For the teacher three."""
     if method in ("scratch", "teacher"):
-        tries = (4e-3, 2e-3, 8e-3) if method == "teacher" else (4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2, 3.2e-2)
-        return [(0, blr) for blr in tries]
+        rates = [(0, 1e-3 * 2**i) for i in (2, 1, 3, 0, 4, 5, 6)]
+        return rates[:3] if method == "teacher" else rates
     usual = 2e-3 if method == "mae" else 4e-3
-    tries = ((1, 4e-3), (1, 8e-3), (1, 1.6e-2), (0.5, 8e-3), (2, 8e-3), (2, 1.6e-2))
+    tries = ((1, 4e-3), (1, 8e-3), (1, 1.6e-2), (0.5, 8e-3), (2, 8e-3), (2, 1.6e-2), (4, 8e-3))
     return [(usual * factor, fine) for factor, fine in tries]
 
 def sizes(args, network):

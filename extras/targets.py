@@ -141,7 +141,7 @@ def build(args):
     return objective
 
 def main(argv=None):
-    parser = tinymim.make_parser("extras/targets.py", "Distil something else.", teacher=True)
+    parser = tinymim.make_parser("extras/targets.py", __doc__, teacher=True)
     add = parser.add_argument_group("target").add_argument
     add("--target", choices=("relation", "logit", "cls", *FEATURES), default="relation")
     add("--mask-ratio", type=float, default=0.0, help="of patches, hidden from both networks (default: 0)")
