@@ -1,15 +1,16 @@
 """Semantic segmentation: fine-tune a distilled student, or any ViT checkpoint, on ADE20K with UPerNet.
 
     python extras/segment.py --checkpoint runs/base-mae_large/last.pth --data ade20k
-    python extras/segment.py --checkpoint runs/segment-base-mae_large/last.pth --data ade20k --eval
+    torchrun --nproc-per-node 8 extras/segment.py --checkpoint mae_base --batch-size 2
+    python extras/segment.py --checkpoint runs/segment-base-mae_large/last.pth --eval
 
---data is ade20k (downloaded to data/, 1 GB), or a folder in its format: images/{training,validation} and
-annotations/{training,validation}, where a label map is a PNG of the photo's name and size, with one byte a
-pixel: 0 is ignored, 1 is the first class. The recipe is the authors' for ViT-B. Unlike theirs, our ViT has no
-relative position bias and no layer scale. In distillation a student's last block learns its qkv and no more:
-the rest of that block starts untrained, as in finetune.py, and so does UPerNet.
+--data is ade20k (downloaded to data/, 1 GB), or a folder in its format: {images,annotations}/{training,
+validation}, where a label map is a PNG of the photo's name and size, one byte a pixel: 0 is ignored, 1 is the
+first class. Distillation trains only the qkv of a student's last block. The rest of it starts untrained, and
+so does UPerNet. The recipe is the authors' for ViT-B, without relative position bias and layer scale.
 """
 
+import colorsys
 import os
 import sys
 import tempfile
@@ -54,9 +55,8 @@ class UPerHead(nn.Module):
         self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))
 
     def forward(self, maps):
-        coarsest = maps[-1]
-        pooled = [resize(pool(coarsest), coarsest.shape[2:]) for pool in self.pools]
-        x = self.pyramid(torch.cat([coarsest, *pooled], dim=1))
+        pooled = [resize(pool(maps[-1]), maps[-1].shape[2:]) for pool in self.pools]
+        x = self.pyramid(torch.cat([maps[-1], *pooled], dim=1))
         outputs = [x]
         for finer, lateral, smooth in zip(maps[-2::-1], self.lateral, self.smooth):  # from coarse to fine
             x = lateral(finer) + resize(x, finer.shape[2:])
@@ -66,8 +66,7 @@ class UPerHead(nn.Module):
 class Segmenter(ViT):
     """A ViT, the usual neck, UPerNet, and an auxiliary head for training.
 
-    The four maps come out of blocks 4, 6, 8 and 12 of 12, and in that proportion of other depths.
-    drop_path: the rate of the last block; it grows linearly from 0 in the first.
+    The four maps come out of blocks 4, 6, 8 and 12 of 12, or at 1/3, 1/2, 2/3 and all of another depth.
     """
     def __init__(self, dim, depth, heads, num_classes=150, patch_size=16, img_size=512, drop_path=0.1,
                  channels=768):
@@ -84,7 +83,7 @@ class Segmenter(ViT):
         self.auxiliary = nn.Sequential(Conv(dim, 256, 3), nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))
 
     def features(self, images):
-        """Images (B, 3, H, H) to four maps (B, dim, s, s) with s = 4, 2, 1 and 1/2 times self.grid."""
+        """Images (B, 3, H, H) to four maps (B, dim, s, s), s = 4, 2, 1 and (rounded down) 1/2 times grid."""
         x, outputs = self.embed(images), {}
         for number, block in enumerate(self.blocks, 1):
             x = block(x)
@@ -96,7 +95,7 @@ class Segmenter(ViT):
         return self.decoder(self.features(images))
 
 class Supervised(finetune.Supervised):
-    """The objective: images (B, 3, H, H) and labels (B, H, H) to the two heads' mean cross-entropy."""
+    """The objective: images (B, 3, H, H) and labels (B, H, H) to each head's cross-entropy."""
     def forward(self, images, labels):
         def loss(logits):  # ignored pixels count as 0 in the mean, as in mmsegmentation
             logits = resize(logits.float(), labels.shape[1:])
@@ -106,24 +105,24 @@ class Supervised(finetune.Supervised):
         return {"main": loss(self.model.decoder(maps)), "aux": 0.4 * loss(self.model.auxiliary(maps[2]))}
 
 def build(args):
-    """A Segmenter from --checkpoint, or with --eval the one that is in it."""
+    """A Segmenter that starts from --checkpoint or, with --eval, the one that was saved there."""
     tensors, sizes, config = {}, dict(zip(("dim", "depth", "heads"), STUDENTS[args.student])), {}
     if args.checkpoint != "none":
         tensors, sizes, config = tinymim.read_checkpoint(args.checkpoint, args.heads)
-    for name in ("dim", "depth", "heads", "patch_size"):
-        sizes[name] = getattr(args, name) or sizes.get(name, 16)
     new = ("neck", "decoder", "auxiliary")
     if args.eval:
         if "channels" not in config:
             raise UserError(f"{args.checkpoint} is not a checkpoint of this script: train it first")
-        args.num_classes, args.channels = config["num_classes"], config["channels"]
-    else:  # another data set's classes, or MAE's decoder
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(new)}
-    sizes["img_size"] = args.img_size or (sizes["img_size"] if args.eval else 512)
-    model = Segmenter(**sizes, num_classes=args.num_classes, channels=args.channels, drop_path=args.drop_path)
+        model = Segmenter(**config)
+    else:
+        for name in ("dim", "depth", "heads", "patch_size"):
+            sizes[name] = getattr(args, name) or sizes.get(name, 16)
+        sizes |= dict(img_size=args.img_size or 512, num_classes=args.num_classes, channels=args.channels)
+        model = Segmenter(**sizes, drop_path=args.drop_path)
     if tensors:
         initial = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(new)}
-        tinymim.load_weights(model, initial | tensors, args.checkpoint)
+        merged = initial | tensors if args.eval else tensors | initial  # UPerNet always starts anew
+        tinymim.load_weights(model, merged, args.checkpoint)
     return model
 
 # ---- 2. Data -----------------------------------------------------------------------------------------------
@@ -140,44 +139,44 @@ def ade20k(root="data"):
     return folder
 
 class SegmentationDataset(ImageDataset):
-    """Items: transform(photo, labels), uint8 (3, H, W) and (H, W). For a longer epoch photos are repeated."""
-    def __init__(self, folder, split, num_classes, transform, seed=0, items=None):
+    """A photo and its labels, transformed: uint8 (3, H, W) and (H, W). In training an epoch has `items` and
+    goes on where the one before ended, through all photos, shuffled once, again and again."""
+    def __init__(self, folder, split, num_classes, size, seed=0, items=None):
         images, annotations = (os.path.join(folder, name, split) for name in ("images", "annotations"))
-        super().__init__(tinymim.find_images(images), transform, seed)
+        super().__init__(tinymim.find_images(images), Transform(size, train=bool(items)), seed)
         self.num_classes, self.items = num_classes, items or len(self.paths)
-        names = [os.path.splitext(os.path.relpath(os.fsdecode(path), images))[0] for path in self.paths]
-        label_paths = [os.path.join(annotations, name + ".png") for name in names]
+        names = [os.path.splitext(os.fsdecode(path).removeprefix(images))[0] for path in self.paths]
+        label_paths = [f"{annotations}{name}.png" for name in names]
         missing = [path for path in label_paths if not os.path.exists(path)]
         if missing:
             raise UserError(f"{len(missing)} photos have no label map: there is no {missing[0]}")
         self.label_paths = np.array([os.fsencode(path) for path in label_paths])
+        self.order = np.random.RandomState(seed).permutation(len(names)) if items else range(self.items)
 
     def __len__(self):
         return self.items
 
     def __getitem__(self, key):
-        index = int(key) % self.items % len(self.paths)
+        index = self.order[int(key) % len(self.order)]
         path, label_path = os.fsdecode(self.paths[index]), os.fsdecode(self.label_paths[index])
         try:
             photo, labels = tinymim.decode(path), torch.from_numpy(np.array(Image.open(label_path)))
         except Exception as error:  # Pillow raises many types
             raise UserError(f"cannot decode {path} or {label_path} ({error})") from error
-        if labels.dtype != torch.uint8 or labels.shape != photo.shape[1:]:
-            raise UserError(f"{label_path} is not one byte for each of {tuple(photo.shape[1:])} pixels")
-        if labels.max() > self.num_classes:
-            raise UserError(f"{label_path} has label {labels.max()}, but --num-classes is {self.num_classes}")
+        size = photo.shape[1:]
+        if labels.dtype != torch.uint8 or labels.shape != size or labels.max() > self.num_classes:
+            raise UserError(f"{label_path} is not {(*size,)} bytes of 0 to --num-classes {self.num_classes}")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hash((self.seed, int(key))))
             pair = self.transform(tv_tensors.Image(photo), tv_tensors.Mask(labels - 1))  # 0 becomes 255
         return tuple(tensor.as_subclass(torch.Tensor) for tensor in pair)
 
 class Transform:
-    """mmsegmentation's. In training: rescale, crop to (size, size), flip, change the colours. Otherwise the
-    photo's shorter side becomes `size`, the longer 4 * size at most, and the labels stay as they are."""
+    """mmsegmentation's. In training: rescale, crop to (size, size), flip, change the colours (torchvision's
+    way, in its ranges). Else the photo's shorter side becomes `size`, the longer 4 * size at most."""
     def __init__(self, size, train):
         self.size, self.train = size, train
-        gray = [round(255 * mean) for mean in IMAGENET_MEAN]
-        fill = {tv_tensors.Image: gray, tv_tensors.Mask: IGNORED}
+        fill = {tv_tensors.Image: [round(255 * mean) for mean in IMAGENET_MEAN], tv_tensors.Mask: IGNORED}
         self.crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
         colours = dict(brightness=32 / 255, contrast=0.5, saturation=0.5, hue=18 / 180)
         jitters = [v2.ColorJitter(**{name: amount}) for name, amount in colours.items()]
@@ -203,42 +202,42 @@ def slide(model, image, size, stride):
     height, width = image.shape[1:]
     image = F.pad(image, (0, max(0, size - width), 0, max(0, size - height)))
     tops, lefts = ([*range(0, length - size, stride), length - size] for length in image.shape[1:])
-    corners = [(top, left) for top in tops for left in lefts]
-    windows = torch.stack([image[:, top:top + size, left:left + size] for top, left in corners])
-    logits = resize(model(windows).float(), (size, size))
+    windows = [np.s_[..., top:top + size, left:left + size] for top in tops for left in lefts]
+    logits = resize(model(torch.stack([image[window] for window in windows])).float(), (size, size))
     total = logits.new_zeros(logits.shape[1], *image.shape[1:])
-    count = logits.new_zeros(image.shape[1:])
-    for (top, left), window in zip(corners, logits):
-        total[:, top:top + size, left:left + size] += window
-        count[top:top + size, left:left + size] += 1
+    count = torch.zeros_like(total[0])
+    for window, window_logits in zip(windows, logits):
+        total[window] += window_logits
+        count[window] += 1
     return (total / count)[:, :height, :width]
 
 def confusion(predicted, labels, num_classes):
-    """How many pixels of each class (row) were said to be of each class (column), without those ignored."""
+    """How many pixels of class `row` are predicted as class `column`, (num_classes, num_classes)."""
     counted = labels != IGNORED
     pairs = labels[counted].long() * num_classes + predicted[counted]
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 def scores(matrix):
-    """In percent, of a confusion matrix: the mean IoU of the classes that occur in the truth or in what is
-    predicted, the mean accuracy of those in the truth, the accuracy of all pixels; and the IoU of each."""
+    """Of a confusion matrix, in percent: mean IoU and accuracy of the classes that occur, accuracy of all
+    pixels; and the IoU of each class."""
     matrix = matrix.double()
     right, truth, predicted = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
     iou = 100 * right / (truth + predicted - right)  # 0 / 0 is nan: the class does not occur
-    accuracy = 100 * right / truth
-    return {"mIoU": iou.nanmean().item(), "mean_accuracy": accuracy.nanmean().item(),
-            "pixel_accuracy": (100 * right.sum() / matrix.sum()).item()}, iou.tolist()
+    return {"mIoU": iou.nanmean().item(), "mean_accuracy": 100 * (right / truth).nanmean().item(),
+            "pixel_accuracy": 100 * (right.sum() / matrix.sum()).item()}, iou.tolist()
 
 @torch.no_grad()
 def evaluate(model, dataset, args):
     """scores() of all photos. Writes segmentation.png: a few photos, the truth and the prediction."""
     model.eval()
+    for buffer in model.buffers() if WORLD > 1 else ():  # batch statistics: those of process 0 for all
+        dist.broadcast(buffer, 0)
     loader = DataLoader(dataset, batch_size=None, sampler=range(RANK, len(dataset), WORLD),
                         num_workers=args.workers)
     matrix = torch.zeros(args.num_classes, args.num_classes, dtype=torch.long, device=args.device)
-    palette = torch.rand(256, 3, generator=torch.Generator().manual_seed(0))
-    palette[IGNORED], pictures = 0, []
-    square = v2.Resize((256, 256), interpolation=v2.InterpolationMode.NEAREST)
+    palette = [colorsys.hsv_to_rgb(0.618 * i % 1, 0.5 + i % 2 / 2, 1 - i % 3 / 5) for i in range(IGNORED)]
+    palette = torch.tensor([*palette, (0, 0, 0)])  # of neighbours in the circle of hues, one is darker
+    square, pictures = v2.Resize((256, 256), v2.InterpolationMode.NEAREST), []
     for photo, labels in tqdm(loader, "evaluation", disable=RANK > 0, leave=False):
         labels = labels.to(args.device)
         with torch.autocast(args.device, DTYPES[args.amp], enabled=args.amp != "off"):
@@ -251,14 +250,15 @@ def evaluate(model, dataset, args):
             pictures += [square(x) for x in (photo / 255, *maps)]
     if WORLD > 1:
         dist.all_reduce(matrix)
-    if RANK == 0 and args.out:
-        save_image(pictures, os.path.join(args.out, "segmentation.png"), nrow=3)
+    if RANK == 0:
+        folder = args.out or os.path.dirname(args.checkpoint)
+        save_image(pictures, os.path.join(folder, "segmentation.png"), nrow=3)
     return scores(matrix)
 
 # ---- 4. Training and command line --------------------------------------------------------------------------
 
 def linear(epoch, peak, warmup_epochs, epochs, floor=0.0):
-    """Takes the place of tinymim.learning_rate: linear from `peak` to 0, times linear warm-up."""
+    """In place of tinymim.learning_rate: linear from `peak` to 0, times linear warm-up."""
     return peak * (1 - epoch / epochs) * min(1, epoch / max(warmup_epochs, 1e-9))
 
 def train(args):
@@ -269,29 +269,28 @@ def train(args):
     model = build(args).to(args.device)
     if WORLD > 1 and LOCAL_RANK == 0:
         dist.barrier()
-    transform = Transform(model.img_size, train=False)
-    validation = SegmentationDataset(folder, "validation", args.num_classes, transform)
+    args.num_classes, size = model.config["num_classes"], model.img_size
+    validation = SegmentationDataset(folder, "validation", args.num_classes, size)
     if args.eval:
         result, iou = evaluate(model, validation, args)
-        names = os.path.join(folder, "objectInfo150.txt")  # ADE20K's. The name is what follows the last tab
-        names = open(names).read().splitlines()[1:] if os.path.exists(names) else map(str, range(1, 256))
         if RANK == 0:
-            print(*(f"IoU {x:6.2f}  {name.rpartition(chr(9))[2]}" for x, name in zip(iou, names)), sep="\n")
+            print(*(f"class {label:3}  IoU {value:6.2f}" for label, value in enumerate(iou, 1)), sep="\n")
             print("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
         return
 
     args.epochs = args.iterations // args.eval_every
     args.warmup_epochs = args.warmup_iterations / args.eval_every
-    items = args.eval_every * args.batch_size * args.accum * WORLD
-    transform = Transform(model.img_size, train=True)
-    dataset = SegmentationDataset(folder, "training", args.num_classes, transform, args.seed, items)
+    if min(args.batch_size, model.grid) < 2:
+        raise UserError("batch norm and pooling need --batch-size 2, and 2 patches a side, at least")
+    images = args.eval_every * args.batch_size * args.accum * WORLD  # in what fit calls an epoch
+    dataset = SegmentationDataset(folder, "training", args.num_classes, size, args.seed, images)
     if WORLD > 1 and args.device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    dataset[0], validation[0]  # what is wrong with all label maps should not show after hours
     groups = finetune.parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, fused=args.device == "cuda")
     if RANK == 0:
-        print(f"{args.checkpoint} on {len(dataset.paths)} photos, {len(validation)} for validation, "
-              f"{args.iterations} iterations, {args.device}, amp {args.amp}: {args.out}")
+        print(f"{args.checkpoint} on {len(dataset.paths)} photos, {args.iterations} iterations: {args.out}")
     tinymim.fit(objective=Supervised(model, 0.0, freeze=False), model=model, dataset=dataset,
                 prepare=lambda images, labels: (tinymim.normalize(images / 255), labels), optimizer=optimizer,
                 args=args, after_epoch=lambda _: evaluate(model, validation, args)[0], schedule=linear)
@@ -303,17 +302,18 @@ def main(argv=None):
     add("--checkpoint", required=True, help="of tinymim.py, of MAE, mae_base..., or none: from scratch")
     add("--iterations", type=int, default=160000, help="instead of --epochs (default: 160000)")
     add("--warmup-iterations", type=int, default=1500, help="default: 1500")
-    add("--eval-every", type=int, default=16000, help="iterations, also between checkpoints (default: 16000)")
-    add("--layer-decay", type=float, default=0.75, help="see finetune.py (default: 0.75)")
+    add("--eval-every", type=int, default=16000, help="iterations, then it saves, too (default: 16000)")
+    add("--layer-decay", type=float, help="see finetune.py (default: 0.75, from scratch 1)")
     add("--patch-size", type=int, help="in pixels, with --checkpoint none")
     add("--channels", type=int, default=768, help="width of UPerNet (default: 768)")
     add("--num-classes", type=int, default=150, help="without the ignored one, 0 (default: 150)")
     add("--eval", action="store_true", help="only evaluate a checkpoint of this script")
     args = parser.parse_args(argv)
-    if args.epochs or args.warmup_epochs or args.eval_every < 1 or args.iterations % args.eval_every:
-        parser.error("give --iterations, a multiple of --eval-every, and --warmup-iterations, not epochs")
-    if not args.eval:
-        args.out = args.out or os.path.join("runs", f"segment-{tinymim.run_name(args.checkpoint)}")
+    if args.epochs or args.iterations % max(1, args.eval_every) or args.warmup_iterations >= args.iterations:
+        parser.error("not epochs, but --iterations, a multiple of --eval-every and more than the warm-up")
+    args.layer_decay = args.layer_decay or (1.0 if args.checkpoint == "none" else 0.75)
+    name = f"segment-{tinymim.run_name(args.checkpoint)}"
+    args.out = None if args.eval else args.out or os.path.join("runs", name)
     tinymim.run(parser, args, train)
 
 if __name__ == "__main__":

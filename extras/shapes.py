@@ -56,18 +56,15 @@ def write(folder, count, seed, size=40):
         picture.save(os.path.join(folder, name, f"{i}.png"), compress_level=1)
 
 def write_segmentation(folder, split, count, seed, size=40):
-    """Draw `count` pictures of four shapes, (2 size, 2 size), and their label maps, in ADE20K's format:
-    folder/{images,annotations}/split/N.png. Label 1 is the ground, 2 the first of SHAPES."""
+    """Draw `count` pictures and their label maps in ADE20K's format, folder/{images,annotations}/split/N.png.
+    Label 1 is the ground, 2 the first of SHAPES."""
     random = np.random.RandomState(seed)
     for kind in ("images", "annotations"):
         os.makedirs(os.path.join(folder, kind, split), exist_ok=True)
     for i in range(count):
-        picture = np.zeros((2 * size, 2 * size, 3), np.uint8)
-        labels = np.ones((2 * size, 2 * size), np.uint8)
-        for top, left in ((0, 0), (0, size), (size, 0), (size, size)):
-            quarter, number = np.s_[top:top + size, left:left + size], random.randint(len(SHAPES))
-            picture[quarter], inside = draw(list(SHAPES)[number], random, size)
-            labels[quarter][inside] = number + 2
+        label = i % len(SHAPES) + 2
+        picture, inside = draw(list(SHAPES)[label - 2], random, size)
+        labels = np.where(inside, label, 1).astype(np.uint8)
         for kind, array in (("images", picture), ("annotations", labels)):
             Image.fromarray(array).save(os.path.join(folder, kind, split, f"{i}.png"), compress_level=1)
 
@@ -77,7 +74,7 @@ if __name__ == "__main__":
     parser.add_argument("--train", type=int, default=40000, help="pictures in FOLDER/train (default: 40000)")
     parser.add_argument("--val", type=int, default=1000, help="pictures in FOLDER/val (default: 1000)")
     parser.add_argument("--size", type=int, default=40, metavar="N", help="in pixels; default: 40")
-    parser.add_argument("--segmentation", action="store_true", help="four shapes a picture, and label maps")
+    parser.add_argument("--segmentation", action="store_true", help="draw label maps, in ADE20K's format")
     args = parser.parse_args()
     try:
         if args.segmentation:

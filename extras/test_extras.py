@@ -501,8 +501,8 @@ def test_sliding_windows_cover_the_image(size):
 
 def test_segmentation_trains_resumes_and_evaluates(teacher_file, tmp_path, capsys, monkeypatch):
     """The same results on two processes."""
-    shapes.write_segmentation(tmp_path / "data", "training", 8, seed=1, size=16)
-    shapes.write_segmentation(tmp_path / "data", "validation", 5, seed=2, size=16)
+    shapes.write_segmentation(tmp_path / "data", "training", 8, seed=1, size=32)
+    shapes.write_segmentation(tmp_path / "data", "validation", 5, seed=2, size=32)
     common = ["--data", str(tmp_path / "data"), "--img-size", "32", "--workers", "0", "--device", "cpu"]
     options = ["--checkpoint", str(teacher_file), *common, "--num-classes", "11", "--channels", "8",
                "--eval-every", "8", "--warmup-iterations", "2", "--batch-size", "4", "--blr", "0.3"]
@@ -523,33 +523,42 @@ def test_segmentation_trains_resumes_and_evaluates(teacher_file, tmp_path, capsy
     resumed = torch.load(tmp_path / "part" / "last.pth", weights_only=True)["model"]
     assert all(torch.equal(tensor, saved["model"][name]) for name, tensor in resumed.items())
 
+    seen = []  # an epoch shorter than the data: the next ones go on with the other photos
+    dataset = segment.SegmentationDataset(str(tmp_path / "data"), "training", 11, 32, items=3)
+    dataset.transform = lambda photo, labels: seen.append(labels.max().item()) or (photo, labels)
+    for key in range(8):
+        dataset[key]
+    assert len(dataset) == 3 and set(seen) == {1, 2, 3, 4, 5, 6, 7, 8}  # each photo has a shape of its own
+
     capsys.readouterr()
     checkpoint = str(tmp_path / "whole" / "last.pth")
     segment.main(["--eval", "--checkpoint", checkpoint, *common])
     one = capsys.readouterr().out.splitlines()
-    assert len(one) == 12 and one[0].startswith("IoU") and f"mIoU {history[1]['mIoU']:.2f}" in one[-1]
+    assert len(one) == 12 and one[0].startswith("class   1  IoU ")
+    assert f"mIoU {history[1]['mIoU']:.2f}" in one[-1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, os.path.join(HERE, "segment.py"), "--eval", "--checkpoint", checkpoint, *common]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.stdout.splitlines()[-12:] == one, done.stderr
 
 @pytest.mark.parametrize("options, says", [
-    ("--img-size 30", "30 by 8"), ("--num-classes 3", "has label"), ("--data nowhere", "nowhere"),
+    ("--img-size 30", "30 by 8"), ("--num-classes 2", "--num-classes"), ("--data nowhere", "nowhere"),
     ("--checkpoint {data}/x.txt", "cannot load"), ("--eval", "not a checkpoint of this script"),
-    ("--iterations 5 --eval-every 2", "multiple"), ("--epochs 3", "iterations"),
-    ("--data {data}/small", "pixels"), ("--data {data}/missing", "1 photos have no label map"),
-    ("--data {data}/colour", "one byte"),
+    ("--iterations 5 --eval-every 2", "multiple"), ("--epochs 3", "--iterations"),
+    ("--data {data}/small", "(32, 32) bytes"), ("--data {data}/missing", "1 photos have no label map"),
+    ("--data {data}/colour", "(32, 32) bytes"), ("--batch-size 1", "--batch-size 2"),
 ])
 def test_mistakes_in_segmentation(options, says, teacher_file, tmp_path, capsys):
     (tmp_path / "x.txt").write_text("no checkpoint")
     for folder in (".", "small", "missing", "colour"):
-        shapes.write_segmentation(tmp_path / folder, "training", 2, seed=1, size=16)
-        shapes.write_segmentation(tmp_path / folder, "validation", 1, seed=2, size=16)
+        shapes.write_segmentation(tmp_path / folder, "training", 2, seed=1, size=32)
+        shapes.write_segmentation(tmp_path / folder, "validation", 1, seed=2, size=32)
     Image.new("L", (5, 5)).save(tmp_path / "small/annotations/training/0.png")
     os.remove(tmp_path / "missing/annotations/validation/0.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "colour/annotations/training/1.png")
     common = (f"--checkpoint {teacher_file} --data {tmp_path} --img-size 32 --iterations 2 --eval-every 2 "
-              f"--batch-size 2 --num-classes 11 --workers 0 --device cpu --channels 8 --out {tmp_path}/run ")
+              "--warmup-iterations 1 --batch-size 2 --num-classes 11 --workers 0 --device cpu --channels 8 "
+              f"--out {tmp_path}/run ")
     with pytest.raises(SystemExit) as stopped:
         segment.main((common + options.format(data=tmp_path)).split())
     assert says in str(stopped.value) + capsys.readouterr().err
