@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in about ten minutes, without a network.
+#
+#     bash extras/gpu.sh PHOTOS OUT [options of tinymim.py for every run, to try this script]
+#
+# PHOTOS: a folder of images for each class. OUT: a new folder for what the commands print and write, and for
+# summary.txt: each command's exit status, time and last line. Teachers have MAE's sizes and random weights.
+set -u
+photos=$(realpath "$1"); out=$(realpath -m "$2"); shift 2; more=("$@")
+cd "$(dirname "$0")/.."; mkdir -p "$out"/{data,logs,runs}
+
+for copy in $(seq "${COPIES:-20}"); do  # the same photos again and again: an epoch of some length
+    for class in "$photos"/*/; do ln -sfn "$class" "$out/data/$(basename "$class")-$copy"; done
+done
+mkdir -p "$out/labelled"; ln -sfn "$photos" "$out/labelled/train"; ln -sfn "$photos" "$out/labelled/val"
+python - "$out" <<'PYTHON'
+import sys, torch, tinymim
+torch.manual_seed(0)
+for size in ("base", "large"):
+    torch.save({"model": tinymim.ViT(*tinymim.STUDENTS[size]).state_dict()}, f"{sys.argv[1]}/mae_{size}.pth")
+PYTHON
+
+try() {  # try NAME COMMAND...: at most two minutes
+    local name=$1 began=$SECONDS; shift
+    timeout 120 "$@" > "$out/logs/$name.log" 2>&1
+    local line="$name: exit $?, $((SECONDS - began)) s: $(tr '\r' '\n' < "$out/logs/$name.log" | grep . | tail -1)"
+    echo "$line" | cut -c1-300 | tee -a "$out/summary.txt"
+}
+distil() {  # distil NAME STUDENT TEACHER OPTIONS...
+    local name=$1 student=$2 teacher=$3; shift 3
+    try "$name" python tinymim.py --student "$student" --teacher "$out/mae_$teacher.pth" --data "$out/data" \
+        --out "$out/runs/$name" --epochs 1 "$@" "${more[@]}"
+}
+
+try tests python -m pytest -q -x
+distil tiny-256 tiny base --batch-size 256
+distil tiny-512 tiny base --batch-size 512
+distil tiny-fp16 tiny base --batch-size 256 --amp fp16
+distil tiny-eager tiny base --batch-size 256 --no-compile
+distil base-256 base large --batch-size 256
+distil resumed tiny base --batch-size 256
+distil resumed tiny base --batch-size 256 --epochs 2 --resume
+distil no-memory base large --batch-size 16384  # one line, and exit status 1
+TORCH_LOGS=recompiles,graph_breaks distil compiler tiny base --batch-size 256  # its log should name none
+try no-waiting python -c "import sys, torch, tinymim
+torch.cuda.set_sync_debug_mode('warn')
+tinymim.main(sys.argv[1:])" --teacher "$out/mae_base.pth" --data "$out/data" --out "$out/runs/no-waiting" \
+    --epochs 1 "${more[@]}"
+try finetune python finetune.py --checkpoint "$out/runs/tiny-256/last.pth" --data "$out/labelled" --epochs 1 \
+    --out "$out/runs/finetune"
+try evaluate python finetune.py --eval --checkpoint "$out/runs/finetune/last.pth" --data "$out/labelled"
+if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" -gt 1 ]; then
+    try two-gpus torchrun --nproc-per-node 2 tinymim.py --teacher "$out/mae_base.pth" --data "$out/data" \
+        --out "$out/runs/two" --epochs 1
+fi
+for student in tiny small base; do
+    teacher=$([ $student = base ] && echo mae_large || echo mae_base)
+    try "benchmark-$student" python extras/benchmark.py --data "$out/data" --student $student \
+        --teacher $teacher --json
+done
