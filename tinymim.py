@@ -159,7 +159,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, self.grid), requires_grad=False)
         rates = drop_path if isinstance(drop_path, list) else [drop_path] * depth
-        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
+        self.blocks = nn.Sequential(*[Block(dim, heads, rate) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(self.init_weights)
 
@@ -177,17 +177,12 @@ class ViT(nn.Module):
 
     def qkv(self, images, block):
         """Queries, keys, values of block number `block`, from 1: (B, N, dim) each. Later blocks don't run."""
-        x = self.embed(images)
-        for earlier in self.blocks[:block - 1]:
-            x = earlier(x)
+        x = self.blocks[:block - 1](self.embed(images))
         return self.blocks[block - 1].qkv(x)
 
     def forward(self, images):
         """Images (B, 3, H, W) to normalised tokens (B, N, dim)."""
-        x = self.embed(images)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(self.embed(images)))
 
 # ---- 3. The teacher, and the objective ---------------------------------------------------------------------
 

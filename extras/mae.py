@@ -81,9 +81,7 @@ class MAE(nn.Module):
         if noise is None:
             noise = torch.rand(len(images), self.student.grid**2, device=images.device)
         keep, rank = random_mask(noise, self.mask_ratio)
-        tokens = pick(self.student.embed(images), keep)
-        for block in self.student.blocks:
-            tokens = block(tokens)
+        tokens = self.student.blocks(pick(self.student.embed(images), keep))
         predicted = self.decoder(self.student.norm(tokens), rank)
         return {"pixel": pixel_loss(predicted, images, rank >= keep.shape[1])}
 

@@ -57,9 +57,7 @@ class MaskedRelation(TinyMIM):
 
 def visible_qkv(vit, images, block, keep):
     """ViT.qkv of the class token and the patches `keep` (B, n): (B, 1 + n, dim) each."""
-    x = pick(vit.embed(images), keep)
-    for earlier in vit.blocks[:block - 1]:
-        x = earlier(x)
+    x = vit.blocks[:block - 1](pick(vit.embed(images), keep))
     return vit.blocks[block - 1].qkv(x)
 
 class ClassToken(nn.Module):
@@ -83,9 +81,7 @@ def features(vit, images, block):
 
     attention, ffn: what the branch adds to the tokens. attention-after, ffn-after: the tokens after that.
     """
-    x = vit.embed(images)
-    for earlier in vit.blocks[:block - 1]:
-        x = earlier(x)
+    x = vit.blocks[:block - 1](vit.embed(images))
     last = vit.blocks[block - 1]
     attention = last.attn(last.norm1(x))
     ffn = last.mlp(last.norm2(x + attention))
