@@ -76,12 +76,12 @@ def method_of(spec):
                 "feature" if "target" in spec else "relation")
 
 def rates_to_try(method):
-    """Seven pairs for each method: --blr of pre-training, --blr of fine-tuning. For the teacher three."""
+    """Eight pairs for each method: --blr of pre-training, --blr of fine-tuning. For the teacher three."""
     if method in ("scratch", "teacher"):
-        rates = [(0, 1e-3 * 2**i) for i in (2, 1, 3, 0, 4, 5, 6)]
+        rates = [(0, 1e-3 * 2**i) for i in (2, 1, 3, 0, 4, 5, 6, -1)]
         return rates[:3] if method == "teacher" else rates
     usual = 2e-3 if method == "mae" else 4e-3
-    tries = ((1, 4e-3), (1, 8e-3), (1, 1.6e-2), (0.5, 8e-3), (2, 8e-3), (2, 1.6e-2), (4, 8e-3))
+    tries = [(1, 4e-3), (1, 8e-3), (1, 1.6e-2), (2, 1.6e-2), *((x, 8e-3) for x in (0.5, 2, 4, 8))]
     return [(usual * factor, fine) for factor, fine in tries]
 
 def sizes(args, network):
