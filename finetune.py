@@ -1,7 +1,8 @@
-"""Fine-tune a distilled student, or any ViT checkpoint, as a classifier, and evaluate it.
+"""Fine-tune a distilled student, or any ViT, as a classifier, and evaluate it.
 
-    python finetune.py --checkpoint runs/tiny-mae_base/last.pth --data /path/to/imagenet
-    python finetune.py --checkpoint runs/finetune-tiny-mae_base/best.pth --data /path/to/imagenet --eval
+    python finetune.py --checkpoint runs/tiny-mae_base/last.pth --data FOLDER
+    python finetune.py --checkpoint mae_base --freeze --data FOLDER
+    python finetune.py --eval --checkpoint runs/finetune-tiny-mae_base/best.pth
 
 --data holds train/ and val/, both with a folder of images for each class. RECIPES says whose the recipes are.
 The ViT, the data set and the training loop are those of tinymim.py.

@@ -1,7 +1,7 @@
-"""TinyMIM in one file: distil a small Vision Transformer from a large one that was pre-trained with MAE.
+"""TinyMIM in one file: distil a small ViT from a large one that MAE pre-trained.
 
     python tinymim.py --student tiny --teacher mae_base --data /path/to/imagenet
-    python tinymim.py --student small --teacher runs/base/last.pth --relations qk vv
+    python tinymim.py --student small --teacher runs/base-mae_large/last.pth
     torchrun --nproc-per-node 8 tinymim.py --student base --teacher mae_large
 
 Paper: Ren, Wei, Zhang, Hu. TinyMIM: An Empirical Study of Distilling MIM Pre-Trained Models. CVPR 2023,

@@ -1,8 +1,8 @@
-"""Semantic segmentation: fine-tune a distilled student, or any ViT checkpoint, on ADE20K with UPerNet.
+"""Fine-tune a distilled student, or any ViT, for segmentation: UPerNet, ADE20K.
 
-    python extras/segment.py --checkpoint runs/base-mae_large/last.pth --data ade20k
+    python extras/segment.py --checkpoint runs/base-mae_large/last.pth
     torchrun --nproc-per-node 8 extras/segment.py --checkpoint mae_base --batch-size 2
-    python extras/segment.py --checkpoint runs/segment-base-mae_large/last.pth --eval
+    python extras/segment.py --eval --checkpoint runs/segment-mae_base/last.pth
 
 --data is ade20k (downloaded to data/, 1 GB), or a folder in its format: {images,annotations}/{training,
 validation}, where a label map is a PNG of the photo's name and size, one byte a pixel: 0 is ignored, 1 is the
@@ -228,7 +228,7 @@ def scores(matrix):
 
 @torch.no_grad()
 def evaluate(model, dataset, args):
-    """scores() of all photos. Writes segmentation.png: a few photos, the truth and the prediction."""
+    """scores() of all photos. Writes segmentation.png: six photos, truth, prediction."""
     model.eval()
     for buffer in model.buffers() if WORLD > 1 else ():  # batch statistics: those of process 0 for all
         dist.broadcast(buffer, 0)
@@ -252,7 +252,7 @@ def evaluate(model, dataset, args):
         dist.all_reduce(matrix)
     if RANK == 0:
         folder = args.out or os.path.dirname(args.checkpoint)
-        save_image(pictures, os.path.join(folder, "segmentation.png"), nrow=3)
+        save_image(pictures, os.path.join(folder, "segmentation.png"), nrow=6)
     return scores(matrix)
 
 # ---- 4. Training and command line --------------------------------------------------------------------------
