@@ -4,11 +4,16 @@ The golden numbers of MAE were computed in float64 by its authors' code, on weig
 """
 
 import argparse
+import functools
+import http.server
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import threading
+import zipfile
 
 import pytest
 import torch
@@ -540,6 +545,24 @@ def test_segmentation_trains_resumes_and_evaluates(teacher_file, tmp_path, capsy
     command = [*torchrun, os.path.join(HERE, "segment.py"), "--eval", "--checkpoint", checkpoint, *common]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.stdout.splitlines()[-12:] == one, done.stderr
+
+def test_ade20k_is_downloaded_once_and_whole(tmp_path, monkeypatch):
+    (tmp_path / "zip" / "ADEChallengeData2016" / "images").mkdir(parents=True)
+    archive = shutil.make_archive(str(tmp_path / "ade"), "zip", tmp_path / "zip")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(segment, "ADE20K", f"http://127.0.0.1:{server.server_port}/ade.zip")
+        for _ in range(2):  # the second time without a download
+            folder = segment.ade20k(str(tmp_path / "data"))
+            assert os.listdir(folder) == ["images"]
+            assert os.listdir(tmp_path / "data") == ["ADEChallengeData2016"]
+            os.truncate(archive, 50)
+        with pytest.raises(zipfile.BadZipFile):
+            segment.ade20k(str(tmp_path / "other"))
+        assert os.listdir(tmp_path / "other") == []
+        server.shutdown()
 
 @pytest.mark.parametrize("options, says", [
     ("--img-size 30", "30 by 8"), ("--num-classes 2", "--num-classes"), ("--data nowhere", "nowhere"),
