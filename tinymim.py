@@ -57,16 +57,16 @@ class UserError(ValueError):
 # ---- 1. The loss -------------------------------------------------------------------------------------------
 
 def relation(a, b, relation_heads):
-    """How each token's `a` relates to every token's `b`: log softmax(a bᵀ / sqrt(D/h)), h = relation_heads.
+    """log R_ab, how each token's `a` relates to every token's `b`: log softmax(a bᵀ / sqrt(D/h)).
 
-    a, b: two of a block's queries, keys and values, (B, N, D), heads side by side. N counts the class token,
-    which takes part like any patch. Returns log-probabilities (B, h, N, N). Each row is a distribution.
+    a, b: two of a block's queries, keys and values, (B, N, D), heads side by side; h = relation_heads. N
+    counts the class token, which takes part like any patch. Returns (B, h, N, N): a row is a distribution.
     """
     if a.ndim != 3 or a.shape[2] % relation_heads:
         raise ValueError(f"{tuple(a.shape)} is not (B, N, D) with D divisible by {relation_heads} heads")
     with torch.autocast(a.device.type, enabled=False):
-        # At least float32 (TF32 in the product on a GPU): in 16 bits logits can overflow. By log_softmax,
-        # because softmax().log() can underflow to -inf.
+        # At least float32 (the product in TF32 on a GPU): logits can overflow fp16 and are coarse in bf16. By
+        # log_softmax, because softmax().log() can underflow to -inf.
         dtype = torch.promote_types(a.dtype, torch.float32)
         a = a.to(dtype).unflatten(2, (relation_heads, -1)).transpose(1, 2)  # (B, h, N, D/h)
         b = b.to(dtype).unflatten(2, (relation_heads, -1)).transpose(1, 2)
@@ -343,12 +343,12 @@ class EpochSampler(DistributedSampler):
         return (self.epoch * len(self.dataset) + index for index in super().__iter__())
 
 def color_jitter(images, order, factors):
-    """torchvision's ColorJitter of images (B, 3, H, W) in [0, 1]. order, factors: (B, 3), in which order an
-    image's brightness (0), contrast (1) and saturation (2) change, and how much each time (1: not at all)."""
+    """torchvision's ColorJitter of images (B, 3, H, W) in [0, 1], in three steps. order (B, 3): what changes
+    in each, brightness (0), contrast (1) or saturation (2). factors (B, 3): how much; 1 is not at all."""
     for step in range(3):
         change, factor = (x[:, step, None, None, None] for x in (order, factors))  # (B, 1, 1, 1) each
         gray = v2.functional.rgb_to_grayscale(images)  # (B, 1, H, W)
-        # Each change blends the image with another: with black, with its mean gray, with its gray version.
+        # Each change blends the image with another: 0 with black, 1 with its mean gray, 2 with its own gray.
         other = torch.where(change == 1, gray.mean((1, 2, 3), keepdim=True), gray) * (change > 0)
         images = (factor * images + (1 - factor) * other).clamp(0, 1)
     return images
@@ -421,7 +421,8 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch, schedu
     scaler, history = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16"), []
     if args.resume:
         saved = torch.load(last, map_location="cpu", weights_only=True)
-        teacher = {name: t for name, t in objective.state_dict().items() if ".teacher." in "." + name}
+        # The teacher is not in the checkpoint: --teacher says where it is.
+        teacher = {name: t for name, t in objective.state_dict().items() if "teacher" in name.split(".")}
         objective.load_state_dict(saved["objective"] | teacher)
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
@@ -479,10 +480,10 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch, schedu
         history.append(record)
         if RANK == 0:
             bar.write("  ".join(f"{name} {value:.5g}" for name, value in record.items()))
-            with open(log, "w") as file:  # before last.pth: what a kill cuts off is written again on --resume
+            with open(log, "w") as file:  # last.pth comes last: killed before it, --resume repeats the epoch
                 file.writelines(json.dumps(entry) + "\n" for entry in history)
-            parts = {name: t for name, t in objective.state_dict().items() if ".teacher." not in "." + name}
-            checkpoint = dict(model=model.state_dict(), config=model.config, objective=parts, epoch=epoch + 1,
+            own = {name: t for name, t in objective.state_dict().items() if "teacher" not in name.split(".")}
+            checkpoint = dict(model=model.state_dict(), config=model.config, objective=own, epoch=epoch + 1,
                               optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), history=history,
                               args=vars(args))
             for path in [best, last] if is_best else [last]:
@@ -497,7 +498,7 @@ def draw_relations(objective, crops, folder):
         return
     objective.eval()  # with drop path the maps would be noise
     student, grid, images = objective.student, objective.student.grid, normalize(crops / 255)
-    row, column, side = grid // 2, grid // 3, 112 // grid  # of the outlined patch
+    row, column, side, title_height = grid // 2, grid // 3, 112 // grid, 14  # the outlined patch, in pixels
     networks = {"teacher": dict(zip("qkv", objective.teacher.qkv(images, objective.teacher_block))),
                 "student": dict(zip("qkv", student.qkv(images, student.depth)))}
     columns = {"crop": crops / 255}
@@ -506,13 +507,13 @@ def draw_relations(objective, crops, folder):
             heat = relation(qkv[a], qkv[b], objective.relation_heads).exp().mean(dim=1)  # (B, N, N)
             heat = heat[:, 1 + row * grid + column, 1:].unflatten(1, (grid, grid))  # no class token
             heat[:, row, column] = 0  # to itself a patch relates far more strongly
-            heat = 3 * heat / heat.amax((1, 2), keepdim=True)
+            heat = 3 * heat / heat.amax((1, 2), keepdim=True)  # from 0 to 1 red rises, to 2 green, to 3 blue
             columns[f"{name} {a}-{b}"] = torch.stack([heat, heat - 1, heat - 2], dim=1).clamp(0, 1)
 
     boxes = side * torch.tensor([[0, 0, 0, 0], [column, row, column + 1, row + 1]])  # of title and patch
-    boxes[1, 1::2] += 14
+    boxes[1, 1::2] += title_height
     for title, cells in columns.items():
-        cells = F.pad(F.interpolate(cells, size=side * grid), (0, 0, 14, 0), value=1.0).cpu()
+        cells = F.pad(F.interpolate(cells, size=side * grid), (0, 0, title_height, 0), value=1.0).cpu()
         columns[title] = [draw_bounding_boxes(cell, boxes, [title, ""], ["black", "red"]) for cell in cells]
     cells = [cell for crop in zip(*columns.values()) for cell in crop]
     save_image(cells, os.path.join(folder, "relations.png"), nrow=len(columns), pad_value=1.0)
