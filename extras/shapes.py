@@ -74,15 +74,16 @@ if __name__ == "__main__":
     parser.add_argument("--train", type=int, default=40000, help="pictures in FOLDER/train (default: 40000)")
     parser.add_argument("--val", type=int, default=1000, help="pictures in FOLDER/val (default: 1000)")
     parser.add_argument("--size", type=int, default=40, metavar="N", help="in pixels; default: 40")
+    parser.add_argument("--seed", type=int, default=1, help="of train, val has the next (default: 1)")
     parser.add_argument("--segmentation", action="store_true", help="draw label maps, in ADE20K's format")
     args = parser.parse_args()
     try:
         if args.segmentation:
-            write_segmentation(args.folder, "training", args.train, seed=6, size=args.size)
-            write_segmentation(args.folder, "validation", args.val, seed=7, size=args.size)
+            write_segmentation(args.folder, "training", args.train, args.seed, args.size)
+            write_segmentation(args.folder, "validation", args.val, args.seed + 1, args.size)
         else:
-            write(os.path.join(args.folder, "train"), args.train, seed=1, size=args.size)
-            write(os.path.join(args.folder, "val"), args.val, seed=2, size=args.size)
+            write(os.path.join(args.folder, "train"), args.train, args.seed, args.size)
+            write(os.path.join(args.folder, "val"), args.val, args.seed + 1, args.size)
     except OSError as error:
         sys.exit(f"shapes.py: error: cannot write in {args.folder} ({error})")
     except KeyboardInterrupt:
