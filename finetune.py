@@ -72,6 +72,8 @@ def build(args, classes=None):
         kind = dict(num_classes=len(classes), pool=args.pool, probe=args.freeze)
         if config.get("classes") != classes:
             tensors = {name: t for name, t in tensors.items() if not name.startswith("head")}
+    elif "head_dist.weight" in tensors:
+        raise UserError(f"{args.checkpoint} has two heads: extras/finetune_distilled.py --eval evaluates it")
     elif "head.weight" in tensors:  # by its names: MAE's own checkpoints have no config
         kind = dict(num_classes=len(tensors["head.weight"]), probe="head_norm.running_mean" in tensors,
                     pool="token" if "norm.weight" in tensors else "avg")
@@ -323,7 +325,8 @@ def main(argv=None):
     args.out = None if args.eval else args.out or os.path.join("runs", f"{kind}-{start}")
     tinymim.run(parser, args, train)
     if RANK == 0 and not args.eval:
-        print(f"finished. Next: python finetune.py --eval --checkpoint {args.out}/best.pth --data {args.data}")
+        print(f"finished. Next: python finetune.py --eval --checkpoint {args.out}/best.pth "
+              f"--data {args.data}")
 
 if __name__ == "__main__":
     main()

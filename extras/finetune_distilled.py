@@ -8,8 +8,9 @@ distillation token learns what the label teacher says of the very images that th
 At test their logits are averaged. Touvron et al., Training Data-Efficient Image Transformers, ICML 2021.
 
 The authors published TinyMIM*-T's architecture, with its segmentation code, and its 1000 epochs, but not
-which teacher it had, hard or soft labels, weights and rates. Our choice is DeiT's: RegNetY-16GF, hard labels,
-half the loss each; and the rates of finetune.py.
+which teacher it had, hard or soft labels, weights and rates. Our choice is DeiT's: RegNetY-16GF (with
+torchvision's weights), hard labels, half the loss each; and the rates and augmentation of finetune.py.
+Pre-train with tinymim.py --heads 12 for --star: otherwise the heads change between the two.
 """
 
 import os
@@ -26,7 +27,7 @@ import tinymim
 from finetune import Classifier, Supervised
 from tinymim import UserError, ViT
 
-STAR = dict(heads=12, star_dim=1280)  # the wide layer before the heads, as in MobileNetV3 and LeViT
+STAR = dict(heads=12, star_dim=1280)  # the width of the layer before the heads
 
 class DistilledClassifier(Classifier):
     """A Classifier with a distillation token and two heads. Their mean is what it says, except in training.
@@ -88,34 +89,39 @@ class DistilledSupervised(Supervised):
             distilled = F.cross_entropy(dist_logits, teacher.argmax(dim=1))
         return {"labels": (1 - self.alpha) * labels, "distilled": self.alpha * distilled}
 
-def load_label_teacher(name, classes):
+def load_label_teacher(name, classes, img_size):
     """A network from images, normalised as ours, to logits of these classes: torchvision's model of that name
-    with its published weights, or a checkpoint of finetune.py."""
-    if name in torchvision.models.list_models():
+    with its published weights (classes are ImageNet's, in the order of its folders), or a checkpoint of
+    finetune.py."""
+    if name in torchvision.models.list_models(module=torchvision.models):
         try:
             weights = torchvision.models.get_model_weights(name).DEFAULT
             teacher = torchvision.models.get_model(name, weights=weights)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise UserError(f"cannot download the weights of {name} ({error})") from error
         known = len(weights.meta["categories"])
         if known != len(classes):
             raise UserError(f"{name} knows {known} classes, and the data has {len(classes)}")
         return teacher
     tensors, sizes, config = tinymim.read_checkpoint(name)
-    if config.get("classes") != classes:
-        raise UserError(f"{name} is neither a model of torchvision nor a classifier of the classes of --data")
+    if config.get("classes") != classes or "head_dist.weight" in tensors:
+        raise UserError(f"{name} is neither a model of torchvision nor finetune.py's, of these classes")
     kind = {key: config[key] for key in ("num_classes", "pool", "probe")}
-    teacher = Classifier(**sizes, **kind)
+    teacher = Classifier(**sizes | {"img_size": img_size}, **kind)
     extra = {key: t for key, t in teacher.state_dict().items() if key.endswith("num_batches_tracked")}
     tinymim.load_weights(teacher, extra | tensors, name)
     return teacher
 
 def build(args, classes=None):
     """See finetune.build."""
-    star = STAR if args.star else {}
+    if args.freeze:
+        raise UserError("--freeze is for finetune.py: here both heads and what is before them learn")
+    star = STAR if args.star and classes else {}
     args.heads = args.heads or star.get("heads")
     args.epochs = 1000 if args.star and args.epochs is None else args.epochs
     tensors, sizes, config = tinymim.read_checkpoint(args.checkpoint, args.heads)
+    if classes and config.get("heads", sizes["heads"]) != sizes["heads"] and tinymim.RANK == 0:
+        print(f"{args.checkpoint} learnt with {config['heads']} heads and goes on with {sizes['heads']}")
     finetune.fill_in_recipe(args, sizes["dim"])
     sizes["img_size"] = args.img_size or sizes["img_size"]
     if classes is None and "head_dist.weight" not in tensors:
@@ -132,11 +138,18 @@ def build(args, classes=None):
     return model
 
 def train(args):
-    def objective(model, smoothing, freeze):
-        teacher = load_label_teacher(args.label_teacher, model.config["classes"])
-        return DistilledSupervised(model, smoothing, freeze, teacher, args.alpha, args.soft, args.temperature)
+    teachers = []
+    def build_with_teacher(args, classes=None):  # finetune.train lets one process build, and download, first
+        model = build(args, classes)
+        if classes:
+            teachers.append(load_label_teacher(args.label_teacher, classes, model.img_size))
+        return model
 
-    finetune.train(args, build, objective)
+    def objective(model, smoothing, freeze):
+        options = args.alpha, args.soft, args.temperature
+        return DistilledSupervised(model, smoothing, freeze, *teachers, *options)
+
+    finetune.train(args, build_with_teacher, objective)
 
 def main(argv=None):
     parser = finetune.make_parser("extras/finetune_distilled.py", __doc__)

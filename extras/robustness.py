@@ -16,6 +16,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 
 import finetune
+import finetune_distilled
 import tinymim
 from tinymim import UserError
 
@@ -58,7 +59,9 @@ def mean_corruption_error(errors):
 
 def evaluate(args):
     tinymim.setup(args)
-    model = finetune.build(args).to(args.device)
+    tensors, args.star = tinymim.read_checkpoint(args.checkpoint)[0], False
+    two_heads = "head_dist.weight" in tensors
+    model = (finetune_distilled if two_heads else finetune).build(args).to(args.device)
     names = finetune.read_folder(args.class_names)[2] if args.class_names else model.config["classes"]
     if not names or len(names) != model.head.out_features:
         raise UserError(f"{args.checkpoint} does not record its classes: --class-names FOLDER that has them")

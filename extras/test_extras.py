@@ -414,6 +414,7 @@ def test_the_loss_of_both_heads(soft):
 def test_finetuning_with_a_label_teacher(pictures, teacher_file, tmp_path, capsys):
     """Train, resume, evaluate; the teacher is not saved; teachers of other classes are refused."""
     import finetune_distilled
+    import robustness
     folder = link(pictures, tmp_path / "labelled")
     common = ["--data", str(folder), "--batch-size", "8", "--workers", "0", "--device", "cpu"]
     finetune.main(["--checkpoint", str(teacher_file), "--epochs", "1", *common, "--out",
@@ -428,7 +429,13 @@ def test_finetuning_with_a_label_teacher(pictures, teacher_file, tmp_path, capsy
     capsys.readouterr()
     finetune_distilled.main(["--eval", "--checkpoint", str(tmp_path / "run" / "last.pth"), *common])
     assert f"top-1 {saved['history'][1]['top1']:.3f}%" in capsys.readouterr().out
-    for teacher, says in ((str(teacher_file), "neither a model"), ("nothing", "cannot load nothing")):
+    both = ["--checkpoint", str(tmp_path / "run" / "last.pth"), "--device", "cpu", "--workers", "0"]
+    with pytest.raises(SystemExit, match="two heads"):
+        finetune.main([*both, "--eval", "--data", str(folder)])
+    robustness.main([*both, "--imagenet", str(folder / "val")])
+    assert f"last.pth | {saved['history'][1]['top1']:.1f} |" in capsys.readouterr().out
+    for teacher, says in ((str(teacher_file), "neither a model"), ("nothing", "cannot load nothing"),
+                          (str(tmp_path / "run" / "last.pth"), "neither a model")):
         with pytest.raises(SystemExit, match=says):
             finetune_distilled.main([*options, "--label-teacher", teacher, "--epochs", "1", "--out",
                                      str(tmp_path / "other")])
