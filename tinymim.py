@@ -332,10 +332,13 @@ class ImageDataset(Dataset):
             image = decode(path)
         except Exception as error:  # Pillow raises many types
             raise UserError(f"cannot decode {path} ({error}): replace or delete it") from error
+        image = self.seeded_transform(key, image)
+        return (image,) if self.labels is None else (image, self.labels[key % len(self)])
+
+    def seeded_transform(self, key, *inputs):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hash((self.seed, int(key))))
-            image = self.transform(image)
-        return (image,) if self.labels is None else (image, self.labels[key % len(self)])
+            return self.transform(*inputs)
 
 class EpochSampler(DistributedSampler):
     """This process's share of the images, in a new order each epoch, as keys for ImageDataset."""

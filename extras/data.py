@@ -1,4 +1,4 @@
-"""For the study: CIFAR-10 as image files, its splits, and a file of results."""
+"""For study.py and demo.py: CIFAR-10 as image files, its splits, a file of results, settings of the CPU."""
 
 import json
 import math
@@ -6,9 +6,16 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import torch
 import torchvision
 
 import finetune
+
+def set_up_cpu():
+    """What suits small networks on a CPU, as settings of PyTorch and as options, which it returns."""
+    torch.set_num_threads(1)  # two threads on a network this small wait for each other
+    torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too, which is slow for few tokens
+    return ["--amp", "bf16"] if torch.cpu._is_avx512_bf16_supported() else []
 
 def cifar10(root="data"):
     """CIFAR-10 as image files, downloaded the first time: data/cifar10/{train,test}/CLASS/N.png."""

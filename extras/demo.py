@@ -18,6 +18,7 @@ sys.path.insert(0, ROOT)
 import torch
 from PIL import Image, ImageDraw
 
+import data
 import finetune
 import mae
 import shapes
@@ -47,8 +48,7 @@ def draw_pictures(folder):
 
 def compare(out, pictures, seed):
     """Pre-train, fine-tune, and train from scratch: {name: top-1 after every epoch of fine-tuning}."""
-    amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
-    common = ["--seed", str(seed), "--device", "cpu", "--workers", "1", "--amp", amp]
+    common = ["--seed", str(seed), "--device", "cpu", "--workers", "1", *data.set_up_cpu()]
     unlabelled = ["--data", os.path.join(pictures, "unlabelled"), *common]
     labelled = ["--data", os.path.join(pictures, "labelled"), *common]
     paths = {name: os.path.join(out, name, "last.pth") for name in ("distilled", "mae")}
@@ -120,8 +120,6 @@ def main(argv=None):
         tensors, _, config = tinymim.read_checkpoint(args.ship)
         half = {name: tensor.half() for name, tensor in tensors.items()}
         return torch.save({"model": half, "config": config}, TEACHER)
-    torch.set_num_threads(1)  # two threads on a network this small wait for each other
-    torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too, which is slow for few tokens
     if os.path.exists(os.path.join(args.out, "demo.png")) or os.path.exists(os.path.join(args.out, "seed0")):
         sys.exit(f"extras/demo.py: error: {args.out} holds a demo: delete it, or choose another --out")
     tinymim.run(parser, args, demo)

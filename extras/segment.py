@@ -166,9 +166,7 @@ class SegmentationDataset(ImageDataset):
         size = photo.shape[1:]
         if labels.dtype != torch.uint8 or labels.shape != size or labels.max() > self.num_classes:
             raise UserError(f"{label_path} is not {(*size,)} bytes of 0 to --num-classes {self.num_classes}")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(hash((self.seed, int(key))))
-            pair = self.transform(tv_tensors.Image(photo), tv_tensors.Mask(labels - 1))  # 0 becomes 255
+        pair = self.seeded_transform(key, tv_tensors.Image(photo), tv_tensors.Mask(labels - 1))  # 0 to 255
         return tuple(tensor.as_subclass(torch.Tensor) for tensor in pair)
 
 class Transform:

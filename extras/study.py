@@ -173,9 +173,7 @@ def main(argv=None):
     args.machine = ["--workers", 0]
     tinymim.decode = functools.cache(tinymim.decode)  # small photos fit in memory: decode them once
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too, which is slow for few tokens
-        args.machine += ["--amp", "bf16"] if torch.cpu._is_avx512_bf16_supported() else []
+        args.machine += data.set_up_cpu()
 
     pretrain(args, "mae", os.path.join(args.out, "teacher"), blr=1.5e-3, network="teacher")
     specs = [row[2] for row in ROWS if row[0] in args.tables]
