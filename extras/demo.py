@@ -73,7 +73,7 @@ def chart(results, width, height=260):
     """A picture of top-1 over the epochs of fine-tuning, a line for each network and seed."""
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
-    left, right, top, bottom = 60, width - 110, 30, height - 40
+    left, right, top, bottom = 60, width - 30, 30, height - 40
     epochs = len(results[0]["scratch"])
     highest = 10 * (int(max(max(curve) for curves in results for curve in curves.values())) // 10 + 1)
 
@@ -87,10 +87,10 @@ def chart(results, width, height=260):
         draw.text((left - 30, point(1, percent)[1] - 6), f"{percent}%", fill="black")
     for epoch in range(1, epochs + 1):
         draw.text((point(epoch, 0)[0] - 4, bottom + 6), str(epoch), fill="black")
-    for name, colour in zip(STARTS, ("#ff7f0e", "#2ca02c", "#1f77b4", "#7f7f7f")):
+    for i, (name, colour) in enumerate(zip(STARTS, ("#ff7f0e", "#2ca02c", "#1f77b4", "#7f7f7f"))):
+        draw.text((left + 400 + 75 * i, 8), name, fill=colour)
         for curves in results:
-            draw.line([point(i + 1, top1) for i, top1 in enumerate(curves[name])], fill=colour, width=3)
-        draw.text((right + 8, point(1, results[0][name][-1])[1] - 6), name, fill=colour)
+            draw.line([point(*epoch) for epoch in enumerate(curves[name], 1)], fill=colour, width=3)
     return picture
 
 def demo(args):

@@ -1,7 +1,6 @@
 """The README's pictures. Needs matplotlib.
 
-    python extras/figures.py --demo runs/demo           (of extras/demo.py: method.svg and relations.png)
-    python extras/figures.py --run runs/tiny-mae_base   (of tinymim.py: relations.png)
+    python extras/figures.py --run runs/tiny-mae_base   (of tinymim.py: method.svg and relations.png)
     python extras/figures.py --speed speed.json         (of extras/benchmark.py --json: speed.svg)
     python extras/figures.py --results results.json     (of extras/study.py, its T8: results.png)
 
@@ -68,9 +67,10 @@ def draw_relations(crops, objective, student, path):
         for x, title, image, brightest in shown:
             place = x / width, (len(crops) - 1 - row) / height, 0.96 / width, 0.96 / height
             axes = figure.add_axes(place, xticks=[], yticks=[], frame_on=False, title=title * (row == 0))
-            axes.imshow(image, vmin=0, vmax=brightest, extent=(0, grid, grid, 0))
+            axes.imshow(image, vmin=0, vmax=brightest, extent=(0, grid, grid, 0),
+                        interpolation="nearest" if title else "bicubic")
             axes.add_patch(plt.Rectangle((grid // 2, grid // 2), 1, 1, fill=False, color="red"))
-    figure.savefig(path, dpi=140)
+    figure.savefig(path)
 
 def draw_method(crops, objective, path):
     """The method at a glance, with the first crop's relations in these networks, from 0 (black) to 6 / N."""
@@ -84,7 +84,7 @@ def draw_method(crops, objective, path):
 
     def inset(x, y, image, vmax=None, **labels):
         axes = figure.add_axes([x / 9, y / 3.4 - 0.124, 0.0936, 0.248], xticks=[], yticks=[], **labels)
-        axes.imshow(image, vmin=0, vmax=vmax)
+        axes.imshow(image, vmin=0, vmax=vmax, interpolation="nearest" if vmax else "bicubic")
 
     jitter = tinymim.color_jitter(crops[:1] / 255, torch.tensor([[0, 1, 2]]), torch.tensor([[1.3, 0.7, 0.6]]))
     for network, image, title, y, depth, last, height, color in (
@@ -128,11 +128,10 @@ def draw_bars(panels, path):
 
 def draw(args):
     os.makedirs(args.out, exist_ok=True)
-    if args.demo or args.run:
-        run = load_run(os.path.join(args.demo, "seed0", "distilled") if args.demo else args.run, args.data)
-        draw_relations(*run, os.path.join(args.out, "relations.png"))
-    if args.demo:
-        draw_method(*run[:2], os.path.join(args.out, "method.svg"))
+    if args.run:
+        crops, objective, student = load_run(args.run, args.data)
+        draw_relations(crops, objective, student, os.path.join(args.out, "relations.png"))
+        draw_method(crops, objective, os.path.join(args.out, "method.svg"))
     if args.speed:
         speed = json.load(open(args.speed))
         columns = {"pipeline": "images/s, 1 worker", "step": "images/s", "end to end": "images/s"}
@@ -150,7 +149,7 @@ def draw(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name in ("demo", "run", "speed", "results", "data", "out"):
+    for name in ("run", "speed", "results", "data", "out"):
         parser.add_argument(f"--{name}", default="assets" if name == "out" else None)
     tinymim.run(parser, parser.parse_args(argv), draw)
 

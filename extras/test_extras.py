@@ -295,7 +295,7 @@ def test_the_demo_and_its_figures(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="holds a demo"):
         demo.main(["--out", str(tmp_path / "demo")])
     pytest.importorskip("matplotlib")
-    script("figures.py", "--demo", tmp_path / "demo", "--out", tmp_path)
+    script("figures.py", "--run", tmp_path / "demo" / "seed0" / "distilled", "--out", tmp_path)
     assert "</svg>" in (tmp_path / "method.svg").read_text()
     assert Image.open(tmp_path / "relations.png").size[0] > 800
 
