@@ -21,6 +21,7 @@ def cifar10(root="data"):
     """CIFAR-10 as image files, downloaded the first time: data/cifar10/{train,test}/CLASS/N.png."""
     folder = os.path.join(root, "cifar10")
     if not os.path.isdir(folder):
+        print(f"downloading CIFAR-10, 170 MB, to {root}/ (--data FOLDER uses your own photos)")
         for split in ("train", "test"):
             photos = torchvision.datasets.CIFAR10(root, train=split == "train", download=True)
             for i, (photo, label) in enumerate(photos):
@@ -33,7 +34,8 @@ def cifar10(root="data"):
 def link_splits(root, out):
     """Links in OUT/data: "all" and "few" labels (a tenth), with the test photos as val, and "tune": few,
     with another tenth of the training photos as val. Returns how many training photos there are."""
-    test = next(name for name in ("test", "val") if os.path.isdir(os.path.join(root, name)))
+    test = "test" if os.path.isdir(os.path.join(root, "test")) else "val"
+    finetune.read_folder(os.path.join(root, test))  # what is missing is better known now than after hours
     paths, labels, classes = finetune.read_folder(os.path.join(root, "train"))
     links = {"all/train": os.path.join(root, "train"), "all/val": os.path.join(root, test),
              "few/val": os.path.join(root, test)}

@@ -146,21 +146,7 @@ def print_tables(results, tables):
                 less.append("-" if difference is None else f"{difference:+.1f}")
             print(f"| {' | '.join([row, *cells, ', '.join(less)])} |")
 
-def main(argv=None):
-    parser = argparse.ArgumentParser("study.py", description="The paper's tables at small scale.")
-    add, tables = parser.add_argument, list(dict.fromkeys(row[0] for row in ROWS))
-    add("--data", default="cifar10", help="or a folder with train/ and test/ or val/ (default: cifar10)")
-    add("--out", default="runs/study", help="folder for everything (default: runs/study)")
-    add("--tables", nargs="+", choices=tables, default=tables, help="default: all")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of student and fine-tuning (default: 0 1 2)")
-    add("--labels", nargs="+", choices=("few", "all"), default=["few", "all"], help="a tenth of them, or all")
-    add("--tune", nargs="*", choices=METHODS, help="choose learning rates, of these methods or of all")
-    add("--print", action="store_true", help="only print the tables of OUT/results.json")
-    add("--smallest", action="store_true", help="try every row with tiny networks on a few drawn shapes")
-    for name, epochs in (("teacher", 60), ("mae", 10), ("distill", 3), ("few", 20), ("all", 5)):
-        add(f"--{name}-epochs", type=int, default=epochs, help=f"default: {epochs}")
-    add("--batch-size", type=int, default=128, help="of pre-training; half in fine-tuning (default: 128)")
-    args = parser.parse_args(argv)
+def study(args):
     path = os.path.join(args.out, "results.json")
     if args.print:
         return print_tables(data.results(path), args.tables)
@@ -193,6 +179,22 @@ def main(argv=None):
                 if key not in data.results(path):
                     data.results(path, key, accuracy(args, spec, seed, labels, rates))
     print_tables(data.results(path), args.tables)
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("study.py", description="The paper's tables at small scale.")
+    add, tables = parser.add_argument, list(dict.fromkeys(row[0] for row in ROWS))
+    add("--data", default="cifar10", help="or a folder with train/ and test/ or val/ (default: cifar10)")
+    add("--out", default="runs/study", help="folder for everything (default: runs/study)")
+    add("--tables", nargs="+", choices=tables, default=tables, help="default: all")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of student and fine-tuning (default: 0 1 2)")
+    add("--labels", nargs="+", choices=("few", "all"), default=["few", "all"], help="a tenth of them, or all")
+    add("--tune", nargs="*", choices=METHODS, help="choose learning rates, of these methods or of all")
+    add("--print", action="store_true", help="only print the tables of OUT/results.json")
+    add("--smallest", action="store_true", help="try every row with tiny networks on a few drawn shapes")
+    for name, epochs in (("teacher", 60), ("mae", 10), ("distill", 3), ("few", 20), ("all", 5)):
+        add(f"--{name}-epochs", type=int, default=epochs, help=f"default: {epochs}")
+    add("--batch-size", type=int, default=128, help="of pre-training; half in fine-tuning (default: 128)")
+    tinymim.run(parser, parser.parse_args(argv), study)
 
 if __name__ == "__main__":
     main()
