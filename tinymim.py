@@ -81,7 +81,8 @@ def relation_loss(student_qkv, teacher_qkv, relation_heads, pairs=("qq", "kk", "
     """
     student, teacher = dict(zip("qkv", student_qkv)), dict(zip("qkv", teacher_qkv))
     if student["q"].shape[:2] != teacher["q"].shape[:2]:
-        raise ValueError(f"B and N differ: {tuple(student['q'].shape)} and {tuple(teacher['q'].shape)}")
+        raise ValueError(f"B and N differ: {tuple(student['q'].shape)} and {tuple(teacher['q'].shape)}: are "
+                         "the patches as large, and are there registers or a distillation token to drop?")
     losses = {}
     for a, b in pairs:
         with torch.no_grad():
@@ -102,7 +103,7 @@ STUDENTS = {  # name: (dim, depth, heads)
 }
 
 def sincos_pos_embed(dim, grid):
-    """MAE's position embeddings (1, 1 + grid², dim): zeros for the class token; column, row of a patch."""
+    """MAE's position embeddings (1, 1 + grid², dim): half the channels say the column, half the row."""
     frequencies = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim/2)
@@ -188,7 +189,7 @@ class ViT(nn.Module):
 
 TEACHERS = {f"mae_{size}": f"https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{size}.pth"
             for size in ("base", "large", "huge")}  # MAE's published encoders. Huge has patches of 14 pixels.
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of timm's ViTs of that width, where nothing else says
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width, as in timm, for files that do not say
 
 def read_checkpoint(source, heads=None):
     """Read a name in TEACHERS (downloaded once) or a file: MAE's, the authors', ours, or a bare state dict.
@@ -231,7 +232,7 @@ def resize_pos_embed(pos_embed, grid):
 
 def load_weights(vit, tensors, source):
     """Copy a checkpoint's {name: tensor} into the ViT. A decoder or another head in it is left out."""
-    own = vit.state_dict()  # of blocks, all is kept: something unknown, as a layer scale, must raise an error
+    own = vit.state_dict()  # an unknown part of a block, as a layer scale, stays: it must raise an error
     tensors = {name: t for name, t in tensors.items() if name in own or name.startswith("blocks.")}
     try:
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], vit.grid)
@@ -253,7 +254,7 @@ class TinyMIM(nn.Module):
     """The objective: two views of a batch in, {name: loss} out. The training loop minimises the sum.
 
     teacher_block: from 1. Default: the last of a teacher as deep as the student, else the one at 3/4 of its
-        depth. The last blocks of a deep MAE encoder work for the decoder: in T10, 18 and 21 of 24 are best.
+        depth, rounded up. A deeper teacher's middle is the better target: in T10, 18 and 21 of 24 are best.
     relation_heads: default: the teacher's attention heads, or those that it was itself distilled with.
     pairs: by default each of q, k and v has a target, as in MiniLMv2. The authors' qk and vv do as well (T7).
     """
@@ -361,7 +362,7 @@ def normalize(images):  # (B, 3, H, W) in [0, 1]
 
 def two_views(crops):
     """uint8 crops (B, 3, H, W) to the student's view, with colours jittered, and the teacher's, unchanged as
-    in its pre-training: (B, 3, H, W) each. So the student learns relations that do not depend on colour."""
+    in its pre-training: (B, 3, H, W) each. The student must find the true colours' relations without them."""
     images = crops / 255
     order = torch.rand(len(images), 3, device=images.device).argsort(dim=1)  # random permutations
     factors = torch.empty(len(images), 3, device=images.device).uniform_(0.6, 1.4)
@@ -413,7 +414,7 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch, schedu
     """
     update_size = args.batch_size * args.accum * WORLD  # images per update
     if args.epochs < 1 or not 0 < update_size <= len(dataset):
-        raise UserError(f"cannot do {args.epochs} epochs with {update_size} of {len(dataset)} images a step")
+        raise UserError(f"{args.epochs} epochs of {len(dataset)} images, {update_size} an update: lower --batch-size")
     updates = len(dataset) // update_size  # per epoch
     warmup = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
     peak = args.blr * update_size / 256
@@ -441,7 +442,7 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch, schedu
         sampler.set_epoch(epoch)
         batches, sums, began = iter(loader), collections.defaultdict(float), time.perf_counter()
         torch.manual_seed(hash((args.seed, epoch, RANK)))  # colours, drop path: the same after --resume
-        objective.train()
+        objective.train()  # of the frozen teacher, only drop path changes with it: 0 by default
 
         for update in range(updates):
             lr = schedule(epoch + update / updates, peak, warmup, args.epochs, args.min_lr)

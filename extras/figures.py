@@ -78,9 +78,9 @@ def draw_method(crops, objective, path):
     canvas = figure.add_axes([0, 0, 1, 1], xlim=(0, 9), ylim=(0, 3.4))  # in inches
     canvas.axis("off")
 
-    def arrow(*points, style="-|>"):
+    def arrow(*points):
         canvas.plot(*zip(*points[:-1]), color="black", linewidth=1)
-        canvas.annotate("", points[-1], points[-2], arrowprops=dict(arrowstyle=style, fc="black", shrinkA=0))
+        canvas.annotate("", points[-1], points[-2], arrowprops=dict(arrowstyle="-|>", fc="black", shrinkA=0))
 
     def inset(x, y, image, vmax=None, **labels):
         axes = figure.add_axes([x / 9, y / 3.4 - 0.124, 0.0936, 0.248], xticks=[], yticks=[], **labels)
@@ -105,7 +105,7 @@ def draw_method(crops, objective, path):
             inset(6.17 + 0.95 * i, y, heat[0], 6 / heat.shape[2], xlabel="token j",
                   ylabel="token i" * (i == 0), title=f"{pair} relations" * (y > 1))
     for i in range(len(objective.pairs)):
-        arrow((6.59 + 0.95 * i, 1.22), (6.59 + 0.95 * i, 1.92), style="<|-|>")
+        arrow((6.59 + 0.95 * i, 1.92), (6.59 + 0.95 * i, 1.22))
         canvas.text(6.65 + 0.95 * i, 1.53, "KL")
     arrow((0.52, 2.1), (0.52, 1.2))
     canvas.text(0.6, 1.58, "colours\njittered")

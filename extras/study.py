@@ -32,8 +32,8 @@ SMALLEST = {"teacher": (24, 6, 6), "assistant": (12, 5, 3), "student": (12, 4, 3
 # T8 and T11 ViT-T). A table's first row is what the others are compared with. The teacher has 6 blocks: 3, 4,
 # 5 and 6 stand for the paper's 12, 15, 21 and 24 of 24.
 ROWS = (
-    ("T8", "relation (qq kk vv)", "", 75.8),
     ("T8", "relation (qk vv)", "--relations qk vv", 75.8),
+    ("T8", "relation (qq kk vv)", "", None),
     ("T8", "feature", "--target output", 73.4),
     ("T8", "class token", "--target cls", 70.6),
     ("T8", "MAE", "mae", 71.6),
@@ -131,20 +131,21 @@ def accuracy(args, spec, seed, labels, rates):
     return history[-1]["top1"]
 
 def print_tables(results, tables):
-    """Markdown: mean ± deviation over the seeds, and each row less the first, here and in the paper."""
+    """Markdown: mean ± deviation over the seeds (and in parentheses the difference to the first row)."""
     for table in tables:
-        rows = [row[1:] for row in ROWS if row[0] == table]
-        print(f"\n| {table} | paper | tenth of labels | all labels | less the first row: paper, tenth, all |")
-        print("|---" * 5 + "|")
-        for row, spec, paper in rows:
-            cells, less = [str(paper or "")], [f"{paper - rows[0][2]:+.1f}" if paper else "-"]
-            for labels in ("few", "all"):
-                values, first = (data.of_seeds(results, labels, x) for x in (spec, rows[0][1]))
-                deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.1f}{deviation}" if values else "")
-                difference = statistics.mean(values) - statistics.mean(first) if values and first else None
-                less.append("-" if difference is None else f"{difference:+.1f}")
-            print(f"| {' | '.join([row, *cells, ', '.join(less)])} |")
+        rows = [(row, [paper] if paper else [], *(data.of_seeds(results, x, spec) for x in ("few", "all")))
+                for name, row, spec, paper in ROWS if name == table]
+        print(f"\n| {table} (difference to the first row) | paper | tenth of labels | all labels |")
+        print("|---" * 4 + "|")
+        for row in rows:
+            cells = row[:1]
+            for values, first in zip(row[1:], rows[0][1:]):
+                text = f"{statistics.mean(values):.1f}" if values else ""
+                text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                if values and first and row != rows[0]:
+                    text += f" ({statistics.mean(values) - statistics.mean(first):+.1f})"
+                cells += (text,)
+            print(f"| {' | '.join(cells)} |")
 
 def study(args):
     path = os.path.join(args.out, "results.json")
@@ -156,10 +157,8 @@ def study(args):
         shapes.write(os.path.join(args.data, "train"), 160, seed=1, size=32)
         shapes.write(os.path.join(args.data, "val"), 20, seed=2, size=32)
     args.images = data.link_splits(data.cifar10() if args.data == "cifar10" else args.data, args.out)
-    args.machine = ["--workers", 0]
     tinymim.decode = functools.cache(tinymim.decode)  # small photos fit in memory: decode them once
-    if not torch.cuda.is_available():
-        args.machine += data.set_up_cpu()
+    args.machine = ["--workers", 0, *([] if torch.cuda.is_available() else data.set_up_cpu())]
 
     pretrain(args, "mae", os.path.join(args.out, "teacher"), blr=1.5e-3, network="teacher")
     specs = [row[2] for row in ROWS if row[0] in args.tables]
