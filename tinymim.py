@@ -414,7 +414,7 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch, schedu
     """
     update_size = args.batch_size * args.accum * WORLD  # images per update
     if args.epochs < 1 or not 0 < update_size <= len(dataset):
-        raise UserError(f"{args.epochs} epochs, {update_size} of {len(dataset)} images a step: see --batch-size")
+        raise UserError(f"{args.epochs} epochs, {update_size} of {len(dataset)} images a step (--batch-size)")
     updates = len(dataset) // update_size  # per epoch
     warmup = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
     peak = args.blr * update_size / 256
