@@ -132,11 +132,13 @@ def accuracy(args, spec, seed, labels, rates):
 
 def print_tables(results, tables):
     """Markdown: mean ± deviation over the seeds (and in parentheses the difference to the first row)."""
+    names = {"few": "a tenth of the labels", "all": "all labels"}
+    names = {labels: name for labels, name in names.items() if any(key.startswith(labels) for key in results)}
     for table in tables:
-        rows = [(row, [paper] if paper else [], *(data.of_seeds(results, x, spec) for x in ("few", "all")))
+        rows = [(row, [paper] if paper else [], *(data.of_seeds(results, x, spec) for x in names))
                 for name, row, spec, paper in ROWS if name == table]
-        print(f"\n| {table} (difference to the first row) | paper | tenth of labels | all labels |")
-        print("|---" * 4 + "|")
+        header = [f"{table} (difference to row 1)", "paper", *names.values()]
+        print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
         for row in rows:
             cells = row[:1]
             for values, first in zip(row[1:], rows[0][1:]):
