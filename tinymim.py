@@ -81,8 +81,7 @@ def relation_loss(student_qkv, teacher_qkv, relation_heads, pairs=("qq", "kk", "
     """
     student, teacher = dict(zip("qkv", student_qkv)), dict(zip("qkv", teacher_qkv))
     if student["q"].shape[:2] != teacher["q"].shape[:2]:
-        raise ValueError(f"B and N differ: {tuple(student['q'].shape)} and {tuple(teacher['q'].shape)}: are "
-                         "the patches as large, and are there registers or a distillation token to drop?")
+        raise ValueError(f"B or N differ (registers?): {student['q'].shape} and {teacher['q'].shape}")
     losses = {}
     for a, b in pairs:
         with torch.no_grad():
@@ -270,7 +269,7 @@ class TinyMIM(nn.Module):
         common = math.gcd(student.dim, teacher.dim)
         if common % self.relation_heads:
             raise UserError(f"{student.dim} and {teacher.dim} must be divisible by {self.relation_heads} "
-                            f"relation heads: try --relation-heads {math.gcd(common, self.relation_heads)}")
+                            f"relation heads: try --relation-heads {math.gcd(common, teacher.heads)}")
 
         # The loss reaches no more of the student's last block than its qkv. The rest and the final norm stay
         # as initialised until fine-tuning. Frozen, because DDP fails if a parameter gets no gradient.
@@ -378,7 +377,7 @@ def setup(args):
         if found and not args.resume:
             raise UserError(f"{args.out} holds a run ({found[0]}): add --resume, or choose another --out")
         if args.resume and "last.pth" not in found:
-            raise UserError(f"there is no last.pth in {args.out} to resume: choose another --out")
+            raise UserError(f"there is no last.pth in {args.out} to resume: another --out, or no --resume")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = args.device == "cuda"
     if on_gpu and LOCAL_RANK >= torch.cuda.device_count():
@@ -550,7 +549,8 @@ def train(args, build=build, draw=draw_relations):
     groups = parameter_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
     if RANK == 0:
-        print(f"{type(objective).__name__} on {len(paths)} images, {args.device}, amp {args.amp}: {args.out}")
+        source = f"{args.student} from {args.teacher}" if "teacher" in args else args.student
+        print(f"{type(objective).__name__}: {source}, {len(paths)} images, {args.device}, into {args.out}")
     fit(objective, objective.student, dataset, prepare, optimizer, args,
         after_epoch=lambda _: draw(objective, examples.to(args.device), args.out) if RANK == 0 else None)
 
@@ -634,7 +634,7 @@ def main(argv=None, build=build, draw=draw_relations):
     args.out = args.out or os.path.join("runs", f"{args.student}-{run_name(args.teacher)}")
     run(parser, args, lambda args: train(args, build, draw))
     if RANK == 0:
-        print(f"finished. Next: python finetune.py --checkpoint {args.out}/last.pth --data {args.data}")
+        print(f"finished. Next: python finetune.py --checkpoint {args.out}/last.pth --data FOLDER")
 
 if __name__ == "__main__":
     main()

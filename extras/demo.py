@@ -108,7 +108,8 @@ def demo(args):
         last = [curves[name][-1] for curves in results]
         deviation = f" ± {statistics.stdev(last):.1f}" if len(last) > 1 else ""
         print(f"| {name} | {statistics.mean(last):.1f}%{deviation} |")
-    print(f"\n{(time.time() - began) / 60:.1f} minutes, torch {torch.__version__}; see {args.out}/demo.png")
+    print("\nFrom scratch, and after so little of MAE, this network stays at chance with so few labels.")
+    print(f"{(time.time() - began) / 60:.1f} minutes, torch {torch.__version__}; see {args.out}/demo.png")
 
 def main(argv=None):
     parser = argparse.ArgumentParser("extras/demo.py", description="Distil, fine-tune and compare, on a CPU.")
