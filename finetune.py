@@ -306,14 +306,14 @@ def make_parser(prog, doc):
     add = parser.add_argument_group("fine-tuning", text).add_argument
     add("--checkpoint", required=True, help="of tinymim.py, of MAE, mae_base..., or none: from scratch")
     add("--pool", choices=("avg", "token"), help="classify the mean of the patches, or the class token")
-    add("--freeze", action="store_true", help="train the head alone (linear probe)")
+    add("--freeze", action="store_true", help="train only the head (linear probe; not of distilled students)")
     add("--layer-decay", type=float, help="each layer learns at this times the rate of the one above it")
     add("--patch-size", type=int, help="in pixels, with --checkpoint none")
     add("--augment", choices=AUGMENTATIONS, help="crop: crops and flips only, for few or small images")
     add("--crop-scale", type=float, default=0.08, help="smallest area of a random crop (default: 0.08)")
     add("--eval-every", type=int, default=1, help="epochs between evaluations (default: 1)")
     add("--eval", action="store_true", help="only evaluate a fine-tuned checkpoint on --data")
-    add("--class-names", help="folder with a subfolder for each class, for other checkpoints")
+    add("--class-names", help="folder of class folders, if the checkpoint does not record them")
     return parser
 
 def main(argv=None):

@@ -12,7 +12,7 @@ queries, keys and values, (N, D) each, split into h heads:
     loss = sum over the pairs ab of KL(teacher's R_ab || student's R_ab)
 
 R is N x N whatever D is. That is the trick: a student 192 wide imitates a teacher 1024 wide, and it needs no
-projection. Nothing is masked (T12): that was the teacher's pre-training. Both see the whole image.
+projection. Nothing is masked (T12): that was the teacher's pre-training. Both see the same whole crop.
 """
 
 import argparse
@@ -253,7 +253,7 @@ class TinyMIM(nn.Module):
     """The objective: two views of a batch in, {name: loss} out. The training loop minimises the sum.
 
     teacher_block: from 1. Default: the last of a teacher as deep as the student, else the one at 3/4 of its
-        depth, rounded up. A deeper teacher's middle is the better target: in T10, 18 and 21 of 24 are best.
+        depth, rounded up. In T10, 18 and 21 of 24 are better targets than the last, 12 and 15 are worse.
     relation_heads: default: the teacher's attention heads, or those that it was itself distilled with.
     pairs: by default each of q, k and v has a target, as in MiniLMv2. The authors' qk and vv do as well (T7).
     """
@@ -361,7 +361,7 @@ def normalize(images):  # (B, 3, H, W) in [0, 1]
 
 def two_views(crops):
     """uint8 crops (B, 3, H, W) to the student's view, with colours jittered, and the teacher's, unchanged as
-    in its pre-training: (B, 3, H, W) each. The student must find the true colours' relations without them."""
+    in its pre-training: (B, 3, H, W) each. The student has to find the true colours' relations in these."""
     images = crops / 255
     order = torch.rand(len(images), 3, device=images.device).argsort(dim=1)  # random permutations
     factors = torch.empty(len(images), 3, device=images.device).uniform_(0.6, 1.4)
@@ -377,7 +377,7 @@ def setup(args):
         if found and not args.resume:
             raise UserError(f"{args.out} holds a run ({found[0]}): add --resume, or choose another --out")
         if args.resume and "last.pth" not in found:
-            raise UserError(f"there is no last.pth in {args.out} to resume: another --out, or no --resume")
+            raise UserError(f"no last.pth in {args.out}: start without --resume, in another --out")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = args.device == "cuda"
     if on_gpu and LOCAL_RANK >= torch.cuda.device_count():
@@ -413,7 +413,7 @@ def fit(objective, model, dataset, prepare, optimizer, args, after_epoch, schedu
     """
     update_size = args.batch_size * args.accum * WORLD  # images per update
     if args.epochs < 1 or not 0 < update_size <= len(dataset):
-        raise UserError(f"{args.epochs} epochs, {update_size} of {len(dataset)} images a step (--batch-size)")
+        raise UserError(f"{len(dataset)} images, {update_size} a step, {args.epochs} epochs (--batch-size)")
     updates = len(dataset) // update_size  # per epoch
     warmup = args.epochs / 20 if args.warmup_epochs is None else args.warmup_epochs
     peak = args.blr * update_size / 256
@@ -569,7 +569,7 @@ def make_parser(prog, doc, teacher=False):
     add("--out", help="folder for checkpoints, log and pictures (default: runs/ and a name)")
     add("--resume", action="store_true", help="continue a run: repeat its command and add this")
     add("--epochs", type=int, help="passes over the data (default: %(default)s)")
-    add("--warmup-epochs", type=float, help="epochs of linear warm-up (default: --epochs / 20)")
+    add("--warmup-epochs", type=float, help="of linear warm-up (default: a 20th; in finetune.py at most 5)")
     add("--batch-size", type=int, help="images per process and step (default: %(default)s)")
     add("--accum", type=int, default=1, help="steps whose gradients make one update (default: 1)")
     add("--blr", type=float, help="peak learning rate for 256 images per update (default: %(default)s)")

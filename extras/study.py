@@ -6,7 +6,8 @@
 
 A teacher is pre-trained with MAE. In each row a student learns from it in one way and is fine-tuned on a
 tenth of the labels or on all. The last epoch's top-1 on the test photos counts. OUT/results.json keeps it; a
-stop costs an epoch. Once there is a teacher, start a process for each core, with other --seeds.
+stop costs an epoch. Once OUT has the teacher (and T11's assistant), start a process for each core, with other
+--seeds.
 """
 
 import argparse
@@ -46,11 +47,11 @@ ROWS = (
     ("T12", "raw input", "", 84.6),
     ("T12", "75% masked", "--mask-ratio 0.75", 83.9),
     ("T12", "75% masked, and MAE's loss", "--mask-ratio 0.75 --mae", 84.0),
-    ("T13", "drop path 0, student 0.1", "", 84.6),
-    ("T13", "drop path 0, student 0", "--drop-path 0", 84.3),
-    ("T13", "drop path 0, student 0.2", "--drop-path 0.2", 84.3),
-    ("T13", "drop path 0, student 0.3", "--drop-path 0.3", 84.1),
-    ("T13", "drop path 0.1, student 0.1", "--teacher-drop-path 0.1", 83.9),
+    ("T13", "drop path of teacher 0, student 0.1", "", 84.6),
+    ("T13", "drop path of teacher 0, student 0", "--drop-path 0", 84.3),
+    ("T13", "drop path of teacher 0, student 0.2", "--drop-path 0.2", 84.3),
+    ("T13", "drop path of teacher 0, student 0.3", "--drop-path 0.3", 84.1),
+    ("T13", "drop path of teacher 0.1, student 0.1", "--teacher-drop-path 0.1", 83.9),
     ("T7", "qk vv", "--relations qk vv", 84.6),
     ("T7", "qk vv without softmax", "--relations qk vv --target logit", 84.4),
     ("T7", "qq kk vv", "", 84.5),
@@ -167,7 +168,7 @@ def study(args):
     if args.tune is not None:  # with shorter runs
         args.mae_epochs, args.distill_epochs, args.few_epochs, args.seeds = 3, 1, 10, [0]
         args.labels = ["tune"]
-        specs = [METHODS[name] for name in args.tune or METHODS]
+        specs = [METHODS[name] for name in args.tune or dict.fromkeys(map(method_of, specs))]
     for labels in args.labels:
         for seed, spec in [(seed, spec) for seed in args.seeds for spec in specs]:
             method, found = method_of(spec), data.results(path)
@@ -179,7 +180,7 @@ def study(args):
                 key = names[rates] if labels == "tune" else f"{labels}/{spec}/{seed}"
                 if key not in data.results(path):
                     data.results(path, key, accuracy(args, spec, seed, labels, rates))
-    print_tables(data.results(path), args.tables)
+    print_tables(data.results(path), args.tables if args.tune is None else [])
 
 def main(argv=None):
     parser = argparse.ArgumentParser("study.py", description="The paper's tables at small scale.")
@@ -189,7 +190,7 @@ def main(argv=None):
     add("--tables", nargs="+", choices=tables, default=tables, help="default: all")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of student and fine-tuning (default: 0 1 2)")
     add("--labels", nargs="+", choices=("few", "all"), default=["few", "all"], help="a tenth of them, or all")
-    add("--tune", nargs="*", choices=METHODS, help="choose learning rates, of these methods or of all")
+    add("--tune", nargs="*", choices=METHODS, help="try learning rates, of these or of --tables's methods")
     add("--print", action="store_true", help="only print the tables of OUT/results.json")
     add("--smallest", action="store_true", help="try every row with tiny networks on a few drawn shapes")
     for name, epochs in (("teacher", 60), ("mae", 10), ("distill", 3), ("few", 20), ("all", 5)):

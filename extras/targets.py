@@ -3,8 +3,9 @@
     python extras/targets.py --target attention --student base --teacher mae_large --data /path/to/imagenet
 
 --target: relation, logit (relations without softmax, T7); cls (class token, T5); output, attention,
-attention-after, ffn, ffn-after, qkv (features, T6). --mask-ratio 0.75 hides patches from both networks (T12),
---mae adds MAE's own loss (T5, T12). All other options are those of tinymim.py.
+attention-after, ffn, ffn-after, qkv (features, T6; output is the last block's ffn-after). --mask-ratio 0.75
+hides patches from both networks (T12), --mae adds MAE's own loss (T5, T12). All other options are those of
+tinymim.py.
 """
 
 import functools
@@ -33,7 +34,8 @@ class LogitRelation(TinyMIM):
             logits = []
             for qkv in (student, teacher):
                 x, y = (qkv[name].float().unflatten(2, (self.relation_heads, -1)) for name in (a, b))
-                logits.append(torch.einsum("bnhd,bmhd->bhnm", x, y) / x.shape[-1] ** 0.5)
+                with torch.autocast(x.device.type, enabled=False):  # in float32, as in tinymim.relation
+                    logits.append(torch.einsum("bnhd,bmhd->bhnm", x, y) / x.shape[-1] ** 0.5)
             losses[a + b] = F.mse_loss(*logits)
         return losses
 
@@ -117,7 +119,7 @@ class WithMAE(nn.Module):
         return self.objective(student_images, teacher_images) | self.mae(student_images, teacher_images)
 
 def build(args):
-    """The objective of --target. Student, teacher and its block are those of tinymim.build."""
+    """The objective of --target. tinymim.build makes student and teacher, and chooses the teacher's block."""
     if args.mask_ratio and args.target != "relation":
         raise UserError("--mask-ratio goes with --target relation")
     masked = functools.partial(MaskedRelation, mask_ratio=args.mask_ratio)

@@ -176,13 +176,16 @@ def test_features(name):
     expected = torch.where(difference < 2, difference**2 / 4, difference - 1).mean()
     assert objective(seen, clean)["feature"].item() == pytest.approx(expected.item(), abs=1e-6)
 
-def test_relations_without_softmax():
+@pytest.mark.parametrize("bf16", [False, True])
+def test_relations_without_softmax(bf16):
     student, teacher, seen, clean = networks()
-    losses = targets.LogitRelation(student, teacher, 3, 4, ("qk", "vv"))(seen, clean)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        losses = targets.LogitRelation(student, teacher, 3, 4, ("qk", "vv"))(seen, clean)
+        networks_qkv = ((student.qkv(seen, 3), 6), (teacher.qkv(clean, 3), 12))
     for pair, (i, j) in {"qk": (0, 1), "vv": (2, 2)}.items():
         logits = []
-        for qkv, width in ((student.qkv(seen, 3), 6), (teacher.qkv(clean, 3), 12)):
-            a, b = (x.split(width, dim=2) for x in (qkv[i], qkv[j]))
+        for qkv, width in networks_qkv:
+            a, b = (x.float().split(width, dim=2) for x in (qkv[i], qkv[j]))
             logits.append(torch.stack([a[head] @ b[head].mT for head in range(4)]) / width**0.5)
         expected = (logits[0] - logits[1]).square().mean().item()
         assert losses[pair].item() == pytest.approx(expected, rel=1e-5)
