@@ -490,8 +490,9 @@ def test_another_objective(distil, tmp_path):  # is trained, saved and resumed; 
 @pytest.mark.parametrize("scripts, says, options", [  # -GLOB: without these pictures; !GLOB: they are damaged
     *[("both", "--device cpu", "--device=cuda")] * (not torch.cuda.is_available()),
     ("both", "/nonexistent", "--data=/nonexistent"), ("both", "no network", "--data=imagenette"),
-    ("both", " 0", "--batch-size=0"), ("both", "24 images, 100", "--batch-size=100"), ("both", " 0", "--epochs=0"),
-    ("both", "24 images, 80", "--accum=10"), ("both", " 30", "--img-size=30"), ("both", "last.pth", "--resume"),
+    ("both", " 0", "--batch-size=0"), ("both", " 0", "--epochs=0"), ("both", " 30", "--img-size=30"),
+    ("both", "24 images, 100", "--batch-size=100"), ("both", "24 images, 80", "--accum=10"),
+    ("both", "last.pth", "--resume"),
     ("both", "/null/x", "--out=/dev/null/x"), ("tinymim", "cannot load mae_base", "--teacher=mae_base"),
     ("tinymim", "mae_base", "--teacher=mae_bass"), ("tinymim", "-heads or --heads", "--teacher-heads=0"),
     ("tinymim", "1 to 4", "--teacher-block=9"), ("tinymim", "relation heads", "--relation-heads=7"),

@@ -361,7 +361,7 @@ def normalize(images):  # (B, 3, H, W) in [0, 1]
 
 def two_views(crops):
     """uint8 crops (B, 3, H, W) to the student's view, with colours jittered, and the teacher's, unchanged as
-    in its pre-training: (B, 3, H, W) each. The student has to find the true colours' relations in these."""
+    in its pre-training: (B, 3, H, W) each. The student learns the true colours' relations."""
     images = crops / 255
     order = torch.rand(len(images), 3, device=images.device).argsort(dim=1)  # random permutations
     factors = torch.empty(len(images), 3, device=images.device).uniform_(0.6, 1.4)

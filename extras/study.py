@@ -6,8 +6,7 @@
 
 A teacher is pre-trained with MAE. In each row a student learns from it in one way and is fine-tuned on a
 tenth of the labels or on all. The last epoch's top-1 on the test photos counts. OUT/results.json keeps it; a
-stop costs an epoch. Once OUT has the teacher (and T11's assistant), start a process for each core, with other
---seeds.
+stop costs an epoch. Once OUT has the teacher (for T11 the assistant, too), other --seeds can run beside it.
 """
 
 import argparse
@@ -126,10 +125,9 @@ def accuracy(args, spec, seed, labels, rates):
     else:
         checkpoint = pretrain(args, spec, os.path.join(folder, "pretrain"), seed, rates[0])
     options += ["--drop-path", 0, "--augment", "crop", "--crop-scale", 0.5, "--eval-every", epochs]
-    history = run(finetune.main, os.path.join(folder, f"{labels}-{rates[1]:g}"), "--checkpoint", checkpoint,
-                  "--data", photos, "--epochs", epochs, "--batch-size", batch, "--blr", rates[1], "--seed",
-                  seed, *options, *args.machine)
-    return history[-1]["top1"]
+    return run(finetune.main, os.path.join(folder, f"{labels}-{rates[1]:g}"), "--checkpoint", checkpoint,
+               "--data", photos, "--epochs", epochs, "--batch-size", batch, "--blr", rates[1], "--seed",
+               seed, *options, *args.machine)[-1]["top1"]
 
 def print_tables(results, tables):
     """Markdown: mean ± deviation over the seeds (and in parentheses the difference to the first row)."""
@@ -167,7 +165,7 @@ def study(args):
     specs = [row[2] for row in ROWS if row[0] in args.tables]
     if args.tune is not None:  # with shorter runs
         args.mae_epochs, args.distill_epochs, args.few_epochs, args.seeds = 3, 1, 10, [0]
-        args.labels = ["tune"]
+        args.labels, args.tables = ["tune"], []
         specs = [METHODS[name] for name in args.tune or dict.fromkeys(map(method_of, specs))]
     for labels in args.labels:
         for seed, spec in [(seed, spec) for seed in args.seeds for spec in specs]:
@@ -180,7 +178,7 @@ def study(args):
                 key = names[rates] if labels == "tune" else f"{labels}/{spec}/{seed}"
                 if key not in data.results(path):
                     data.results(path, key, accuracy(args, spec, seed, labels, rates))
-    print_tables(data.results(path), args.tables if args.tune is None else [])
+    print_tables(data.results(path), args.tables)
 
 def main(argv=None):
     parser = argparse.ArgumentParser("study.py", description="The paper's tables at small scale.")
