@@ -488,8 +488,8 @@ def test_another_objective(distil, tmp_path):  # is trained, saved and resumed; 
     fails(main, [*distil, "--seed=1", f"--out={tmp_path}/unused"], "depend on unused")
 
 @pytest.mark.parametrize("scripts, says, options", [  # -GLOB: without these pictures; !GLOB: they are damaged
-    *[("both", "--device cpu", "--device=cuda")] * (not torch.cuda.is_available()),
-    ("both", "/nonexistent", "--data=/nonexistent"), ("both", "no network", "--data=imagenette"),
+    ("both", "--device cpu", "--device=cuda"), ("both", "/nonexistent", "--data=/nonexistent"),
+    ("both", "no network", "--data=imagenette"),
     ("both", " 0", "--batch-size=0"), ("both", " 0", "--epochs=0"), ("both", " 30", "--img-size=30"),
     ("both", "24 images, 100", "--batch-size=100"), ("both", "24 images, 80", "--accum=10"),
     ("both", "last.pth", "--resume"),

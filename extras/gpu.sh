@@ -5,6 +5,7 @@
 #
 # PHOTOS: a folder of images for each class. OUT: a new folder for what the commands print and write, and for
 # summary.txt: each command's exit status, time and last line. Teachers have MAE's sizes and random weights.
+# ONLY=REGEX in front runs only the commands whose names match.
 set -u
 photos=$(realpath "$1"); out=$(realpath -m "$2"); shift 2; more=("$@")
 cd "$(dirname "$0")/.."; mkdir -p "$out"/{data,logs,runs}
@@ -22,6 +23,7 @@ PYTHON
 
 try() {  # try NAME COMMAND...: at most two minutes
     local name=$1 began=$SECONDS; shift
+    [[ $name =~ ${ONLY:-.} ]] || return 0
     timeout 120 "$@" > "$out/logs/$name.log" 2>&1
     local line="$name: exit $?, $((SECONDS - began)) s: $(tr '\r' '\n' < "$out/logs/$name.log" | grep . | tail -1)"
     echo "$line" | cut -c1-300 | tee -a "$out/summary.txt"
@@ -46,8 +48,8 @@ try no-waiting python -c "import sys, torch, tinymim
 torch.cuda.set_sync_debug_mode('warn')
 tinymim.main(sys.argv[1:])" --teacher "$out/mae_base.pth" --data "$out/data" --out "$out/runs/no-waiting" \
     --epochs 1 "${more[@]}"
-try finetune python finetune.py --checkpoint "$out/runs/tiny-256/last.pth" --data "$out/labelled" --epochs 1 \
-    --out "$out/runs/finetune"
+try finetune python finetune.py --checkpoint "$out/runs/tiny-256/last.pth" --data "$out/labelled" --epochs 2 \
+    --batch-size 16 --out "$out/runs/finetune"
 try evaluate python finetune.py --eval --checkpoint "$out/runs/finetune/last.pth" --data "$out/labelled"
 if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" -gt 1 ]; then
     try two-gpus torchrun --nproc-per-node 2 tinymim.py --teacher "$out/mae_base.pth" --data "$out/data" \
