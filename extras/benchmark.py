@@ -221,6 +221,7 @@ def measure(args, paths):
         with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
             done = pool.submit(measure_training, argparse.Namespace(**vars(args) | way), paths)
             step, epoch, ceilings, result["GFLOP per image"] = done.result()
+        print(step, epoch, flush=True)
         result["step"].append(step)
         result["end to end"].append(epoch)
         result["ceilings"] |= ceilings
