@@ -150,6 +150,7 @@ def measure_training(args, paths):
     """In a process of its own: table rows of the step and end to end, {name: rate} of the ceilings, and
     {part: GFLOP per image}, args.work if that is known."""
     sys.stdout = sys.stderr  # fit prints
+    torch.multiprocessing.set_start_method(None, force=True)  # workers start as in a run
     tinymim.setup(args)
     if args.teacher in TEACHERS:  # with random weights
         tinymim.load_teacher = lambda name, img_size, *_, **__: ViT(*TEACHERS[name], img_size)
