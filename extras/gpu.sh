@@ -42,7 +42,7 @@ distil tiny-eager tiny base --batch-size 256 --no-compile
 distil base-256 base large --batch-size 256
 distil resumed tiny base --batch-size 256
 distil resumed tiny base --batch-size 256 --epochs 2 --resume
-distil no-memory base large --batch-size 16384  # one line, and exit status 1
+distil no-memory base large --batch-size 4096  # one line, and exit status 1
 TORCH_LOGS=recompiles,graph_breaks distil compiler tiny base --batch-size 256  # its log should name none
 try no-waiting python -c "import sys, torch, tinymim
 torch.cuda.set_sync_debug_mode('warn')
