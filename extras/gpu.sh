@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."; mkdir -p "$out"/{data,logs,runs}
 for copy in $(seq "${COPIES:-20}"); do  # the same photos again and again: an epoch of some length
     for class in "$photos"/*/; do ln -sfn "$class" "$out/data/$(basename "$class")-$copy"; done
 done
-mkdir -p "$out/labelled"; ln -sfn "$photos" "$out/labelled/train"; ln -sfn "$photos" "$out/labelled/val"
+mkdir -p "$out/labelled"; ln -sfn "$out/data" "$out/labelled/train"; ln -sfn "$out/data" "$out/labelled/val"
 python - "$out" <<'PYTHON'
 import sys, torch, tinymim
 torch.manual_seed(0)
@@ -39,6 +39,7 @@ distil tiny-256 tiny base --batch-size 256
 distil tiny-512 tiny base --batch-size 512
 distil tiny-fp16 tiny base --batch-size 256 --amp fp16
 distil tiny-eager tiny base --batch-size 256 --no-compile
+distil small-256 small base --batch-size 256
 distil base-256 base large --batch-size 256
 distil resumed tiny base --batch-size 256
 distil resumed tiny base --batch-size 256 --epochs 2 --resume
@@ -48,9 +49,11 @@ try no-waiting python -c "import sys, torch, tinymim
 torch.cuda.set_sync_debug_mode('warn')
 tinymim.main(sys.argv[1:])" --teacher "$out/mae_base.pth" --data "$out/data" --out "$out/runs/no-waiting" \
     --epochs 1 "${more[@]}"
-try finetune python finetune.py --checkpoint "$out/runs/tiny-256/last.pth" --data "$out/labelled" --epochs 2 \
-    --batch-size 16 --out "$out/runs/finetune"
-try evaluate python finetune.py --eval --checkpoint "$out/runs/finetune/last.pth" --data "$out/labelled"
+for student in tiny small base; do  # its speed: images/s of the last epoch
+    try "finetune-$student" python finetune.py --checkpoint "$out/runs/$student-256/last.pth" --data "$out/labelled" \
+        --out "$out/runs/finetune-$student" --epochs 3 --batch-size 256 "${more[@]}"
+done
+try evaluate python finetune.py --eval --checkpoint "$out/runs/finetune-tiny/last.pth" --data "$out/labelled"
 if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" -gt 1 ]; then
     try two-gpus torchrun --nproc-per-node 2 tinymim.py --teacher "$out/mae_base.pth" --data "$out/data" \
         --out "$out/runs/two" --epochs 1
