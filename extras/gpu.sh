@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, without a network: a quarter of an hour, and the benchmarks.
+# Everything that only a GPU can show, without a network: the commands, then the benchmarks.
 #
-#     bash extras/gpu.sh PHOTOS OUT [options of tinymim.py for every run, to try this script]
+#     bash extras/gpu.sh PHOTOS OUT [options for every run of tinymim.py and finetune.py, to try this script]
 #
 # PHOTOS: a folder of images for each class. OUT: a new folder for what the commands print and write, and for
 # summary.txt: each command's exit status, time and last line. Teachers have MAE's sizes and random weights.
-# ONLY=REGEX in front runs only the commands whose names match.
+# ONLY=REGEX in front runs only the commands whose names match. COPIES (20) times the photos make an epoch:
+# no-memory needs 4096 or more.
 set -u
 photos=$(realpath "$1"); out=$(realpath -m "$2"); shift 2; more=("$@")
 cd "$(dirname "$0")/.."; mkdir -p "$out"/{data,logs,runs}
