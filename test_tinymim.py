@@ -469,7 +469,7 @@ def test_what_a_run_leaves(distil, tmp_path, capsys):
     assert log[7]["loss"] < 0.85 * log[0]["loss"] and len(log) == len(re.findall("^epoch", said, re.M)) == 8
     for line in ("student +24 wide, 3 blocks, 2 heads", "teacher +48 wide, 4 blocks, 4 heads",
                  "loss +qq kk vv of block 3, 4 relation heads", "no loss reaches .*attn.proj.* student.norm",
-                 "training +24 images, 3 updates of 8 an epoch, 8 epochs, peak learning rate 0.00156",
+                 "training +24 images, 3 updates of 8 per epoch, 8 epochs, peak rate 0.00156",
                  f"machine +cpu, amp off, 0 workers, 1 threads, into {run}", "finished. Next: .*finetune.py"):
         assert len(re.findall(f"^{line}", said, re.M)) == 1, line
     assert all(record["loss"] == pytest.approx(record["qq"] + record["kk"] + record["vv"]) for record in log)

@@ -1,8 +1,8 @@
 """TinyMIM in one file: distil a small Vision Transformer from a large one that MAE pre-trained.
 
     python tinymim.py --student tiny --teacher mae_base --data /path/to/imagenet
-    python tinymim.py --student small --teacher runs/base-mae_large/last.pth
-    torchrun --nproc-per-node 8 tinymim.py --student base --teacher mae_large
+    torchrun --nproc-per-node 8 tinymim.py --student base --teacher mae_large --data ...
+    torchrun --nproc-per-node 8 tinymim.py --student small --teacher runs/base/last.pth --data ...
 
 Paper: Ren, Wei, Zhang, Hu. TinyMIM: An Empirical Study of Distilling MIM Pre-Trained Models.
 CVPR 2023, https://arxiv.org/abs/2301.01296. One step of training is the method, in short:
@@ -14,15 +14,14 @@ CVPR 2023, https://arxiv.org/abs/2301.01296. One step of training is the method,
     losses = relation_loss(qkv, target, relation_heads=12)  # KL(teacher's relations || student's)
     sum(losses.values()).backward()
 
-A relation is softmax(q kᵀ / sqrt(D/h)), with q and k, (N, D), split into h relation heads: for each
-an N x N matrix that says how every token relates to every token. h is the same in both networks,
-so their matrices match, whatever the widths: here a head is 64 wide in the teacher, 16 in the
-student. To compare the features themselves would take a learnt projection. The loss compares q-q,
-k-k and v-v relations by default; the paper's published results are of q-k and v-v. Nothing is
-masked: that was the teacher's own pre-training.
+Split q and k, (N, D), into h relation heads. Each gives an N x N matrix, softmax(q kᵀ / sqrt(D/h)):
+how every token relates to every token. With the same h in both networks the matrices match, for
+any widths (here a head is 64 wide in the teacher, 16 in the student): no projection is needed. The
+loss compares q-q, k-k and v-v relations by default; the paper's published results are of q-k and
+v-v. Nothing is masked: masking was how the teacher was pre-trained.
 
-Part I is the method: train > fit > train_epoch > TinyMIM.forward > relation_loss. Part II is what
-a program needs besides: you understand TinyMIM without it.
+Part I is the method: train > fit > two_views, TinyMIM.forward > relation_loss. Part II is the rest
+of a program, which you can skip: checkpoints, image files, the command line.
 """
 
 import argparse
@@ -61,8 +60,8 @@ def log_relation(a, b, relation_heads):
     if a.ndim != 3 or a.shape[2] % relation_heads:
         raise ValueError(f"{tuple(a.shape)} is not (B, N, D), D divisible by {relation_heads}")
     with torch.autocast(a.device.type, enabled=False):
-        # At least float32: these logits can overflow fp16 and are coarse in bf16. And log_softmax,
-        # not softmax().log(), which gives -inf where a probability underflows to 0.
+        # At least float32 (or TF32): the logits can overflow fp16, and are coarse in bf16. And
+        # log_softmax, not softmax().log(), which gives -inf where a probability underflows to 0.
         dtype = torch.promote_types(a.dtype, torch.float32)
         a = a.to(dtype).unflatten(2, (relation_heads, -1)).transpose(1, 2)  # (B, h, N, D/h)
         b = b.to(dtype).unflatten(2, (relation_heads, -1)).transpose(1, 2)
@@ -81,7 +80,7 @@ def relation_loss(student_qkv, teacher_qkv, relation_heads, pairs=("qq", "kk", "
     if student["q"].shape[:2] != teacher["q"].shape[:2]:
         raise ValueError(f"B or N differ: {student['q'].shape} and {teacher['q'].shape}")
     losses = {}
-    for a, b in pairs:
+    for a, b in pairs:  # "qk": a = "q", b = "k"
         with torch.no_grad():
             target = log_relation(teacher[a], teacher[b], relation_heads)
         predicted = log_relation(student[a], student[b], relation_heads)
@@ -147,8 +146,8 @@ class ViT(nn.Module):
     """Vision Transformer with a class token and fixed sin-cos position embeddings, as in MAE.
 
     dim: the width, D in formulas. An image becomes N tokens: the class token and one for each
-    patch. drop_path: one rate for all blocks, as the authors distil, or a list. relation_heads:
-    those it was distilled with, if it was. Parameters have MAE's and timm's names.
+    patch. drop_path: one rate for all blocks, as the authors distil, or a list. relation_heads is
+    only recorded: the h of its own distillation, if any. Parameters have MAE's and timm's names.
     """
     def __init__(self, dim, depth, heads, patch_size=16, img_size=224, drop_path=0.0,
                  relation_heads=None):
@@ -181,11 +180,11 @@ class ViT(nn.Module):
         return torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1) + self.pos_embed
 
     def qkv_at(self, images, block):
-        """q, k and v of block number `block`, from 1: (B, N, dim) each. The rest is not computed."""
+        """q, k, v of block number `block`, from 1: (B, N, dim) each. Later layers do not run."""
         x = self.blocks[:block - 1](self.embed(images))  # all blocks before it
         chosen = self.blocks[block - 1]
         # The output has the heads side by side. The loss cuts it anew, into relation heads.
-        return chosen.attn.qkv(chosen.norm1(x)).chunk(3, dim=-1)
+        return chosen.attn.qkv(chosen.norm1(x)).chunk(3, -1)
 
     def forward(self, images):
         """Images (B, 3, H, W) to normalised tokens (B, N, dim)."""
@@ -196,13 +195,12 @@ class ViT(nn.Module):
 class TinyMIM(nn.Module):
     """The objective: two views of a batch in, {pair: loss} out.
 
-    teacher_block: which block teaches, from 1. By default the last, if both networks are as deep,
-        else that at 3/4 of the teacher's depth. Of ViT-L's 24 blocks this is 18, the authors'
-        choice: 84.6% on ImageNet and 52.2 mIoU in segmentation, where the last block has 84.4 and
-        50.0, and block 21 has 84.8 and 50.6 (Table 10).
-    relation_heads: h. By default the teacher's attention heads or, if it was distilled, its own h.
-    pairs: by default q, k and v have a target each, as in MiniLMv2 (84.5% in Table 7). The paper's
-        published results are of qk and vv (84.6%).
+    teacher_block: which block teaches, from 1. Default: the last if both networks are equally deep,
+        else the one at 3/4 of the teacher's depth, 18 of ViT-L's 24. Table 10, ImageNet % / mIoU:
+        block 18 84.6 / 52.2 (the authors' choice), 21 84.8 / 50.6, 24 84.4 / 50.0.
+    relation_heads: h. Default: the teacher's attention heads or, if it was distilled, its own h.
+    pairs: default qq kk vv, as in MiniLMv2: q, k and v have a target each (84.5% in Table 7). The
+        paper's published results are of qk vv (84.6%).
     """
     def __init__(self, student, teacher, teacher_block=None, relation_heads=None,
                  pairs=("qq", "kk", "vv")):
@@ -211,23 +209,23 @@ class TinyMIM(nn.Module):
         if teacher_block is None:
             share = 1 if teacher.depth == student.depth else 0.75
             teacher_block = math.ceil(share * teacher.depth)
-        if not 1 <= teacher_block <= teacher.depth:
-            raise UserError(f"the teacher has blocks 1 to {teacher.depth} (--teacher-block)")
         if relation_heads is None:
             relation_heads = teacher.config["relation_heads"] or teacher.heads
-        if len({*pairs}) < len(pairs):
+        if not 1 <= teacher_block <= teacher.depth:
+            raise UserError(f"the teacher has blocks 1 to {teacher.depth} (--teacher-block)")
+        if len(set(pairs)) < len(pairs):
             raise UserError(f"{' '.join(pairs)} has a pair twice (--relations)")
-        if math.gcd(student.dim, teacher.dim) % relation_heads:
+        if student.dim % relation_heads or teacher.dim % relation_heads:
             raise UserError(f"widths of {student.dim} and {teacher.dim} do not both split into "
                             f"{relation_heads} relation heads (--relation-heads)")
         self.teacher_block, self.relation_heads, self.pairs = teacher_block, relation_heads, pairs
-        student.config["relation_heads"] = relation_heads  # for when it teaches in its turn
+        student.config["relation_heads"] = relation_heads  # for when it is a teacher itself
 
     def forward(self, student_images, teacher_images):  # (B, 3, H, W) each
         with torch.no_grad():
             teacher_qkv = self.teacher.qkv_at(teacher_images, self.teacher_block)
-        # The student's last block, so that all its blocks learn. Of the last, only q, k and v do:
-        # what comes after them gets no gradient, and starts fine-tuning as it was initialised.
+        # The student's last block, so that all its blocks learn. What comes after the q, k and v of
+        # that block gets no gradient, and enters fine-tuning untrained.
         student_qkv = self.student.qkv_at(student_images, self.student.depth)
         return relation_loss(student_qkv, teacher_qkv, self.relation_heads, self.pairs)
 
@@ -236,11 +234,12 @@ class TinyMIM(nn.Module):
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def crop_and_flip(size):  # in the data loader: one crop for both networks
-    crop = v2.RandomResizedCrop(size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC)
-    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    return v2.Compose([
+        v2.RandomResizedCrop(size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip()])
 
 def color_jitter(images, order, factors):
-    """torchvision's ColorJitter for a batch at once, images (B, 3, H, W) in [0, 1].
+    """torchvision's ColorJitter, without hue, for a batch at once: images (B, 3, H, W) in [0, 1].
 
     order (B, 3): what changes first, second and third: brightness (0), contrast (1), saturation
     (2). factors (B, 3): how much; 1 is not at all.
@@ -251,7 +250,7 @@ def color_jitter(images, order, factors):
         gray = v2.functional.rgb_to_grayscale(images)  # (B, 1, H, W)
         mean = gray.mean((1, 2, 3), keepdim=True)
         # Brightness blends with black, contrast with the mean gray, saturation with the gray image.
-        other = torch.where(change == 1, mean, gray) * (change > 0)
+        other = torch.where(change == 0, 0, torch.where(change == 1, mean, gray))
         images = (factor * images + (1 - factor) * other).clamp(0, 1)
     return images
 
@@ -261,12 +260,12 @@ def normalize(images):
 def two_views(crops):
     """uint8 crops (B, 3, H, W) to the student's view and the teacher's, float (B, 3, H, W) each.
 
-    The authors jitter only the student's colours: it must predict the relations in the true ones.
-    Done on the GPU, for a batch, a worker sends one uint8 crop: an eighth of two float views.
+    As in the authors' code only the student's colours change: it must predict the relations in the
+    true ones. Jittering on the GPU lets a worker send one uint8 crop, an eighth of two float views.
     """
     images = crops / 255
-    order = torch.rand(len(images), 3, device=images.device).argsort(dim=1)  # random permutations
-    factors = torch.empty(len(images), 3, device=images.device).uniform_(0.6, 1.4)
+    order = torch.rand(len(images), 3, device=images.device).argsort(dim=1)  # permutations
+    factors = 0.6 + 0.8 * torch.rand_like(images[:, :, 0, 0])  # (B, 3), from 0.6 to 1.4
     return normalize(color_jitter(images, order, factors)), normalize(images)
 
 # ---- 5. Training --------------------------------------------------------------------------------
@@ -290,25 +289,24 @@ def learning_rate(epoch, peak, warmup_epochs, epochs, floor=0.0):
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 def make_optimizer(objective, args):
-    """AdamW. Matrices (and the class token, as in MAE) decay, biases and norms do not."""
+    """AdamW; train_epoch sets its rate. Biases and norms do not decay (the class token does)."""
     learnt = [p for p in objective.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learnt if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0}]
-    # The learning rate is not set here but in train_epoch, before each update.
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
 
-def build(args, objective=TinyMIM):
+def build(args, kind=TinyMIM):
     """A new student and its teacher, as the options say, joined in the objective."""
     teacher = load_teacher(args.teacher, args.img_size, args.teacher_heads)
     dim, depth, heads = STUDENTS[args.student]
     student = ViT(args.dim or dim, args.depth or depth, args.heads or heads,
                   teacher.config["patch_size"], teacher.img_size, args.drop_path)
-    return objective(student, teacher, args.teacher_block, args.relation_heads, args.relations)
+    return kind(student, teacher, args.teacher_block, args.relation_heads, args.relations)
 
 def train(args, build_objective=build):
-    """What the command does. Another build_objective(args) distils something else: a module with
-    a `student`, whose forward(student_images, teacher_images) returns {name: scalar loss}."""
-    setup(args)  # device, precision, processes
+    """Distil, as the options say. Another build_objective(args) distils something else: a module
+    with a `student`, whose forward(student_images, teacher_images) gives {name: scalar loss}."""
+    setup(args)  # device, precision, images_per_update = batch_size * accum * processes
     objective = build_objective(args).to(args.device)
     paths = find_images(image_folder(args.data, "train"))
     dataset = ImageDataset(paths, crop_and_flip(objective.student.img_size), args.seed)
@@ -317,67 +315,67 @@ def train(args, build_objective=build):
 
 def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
         schedule=learning_rate):
-    """Train for all epochs, and save after each. objective is TinyMIM, prepare two_views. Others
-    are in finetune.py and extras/, and an evaluate(epoch) that returns more for the log."""
+    """The training loop. Here objective is TinyMIM and prepare is two_views; finetune.py and others
+    pass their own, and an evaluate(epoch) whose results join the log."""
     loader = make_loader(dataset, args)  # of [crops], uint8 (B, 3, H, W)
+    updates = len(loader) // args.accum  # per epoch
+    peak = args.blr * args.images_per_update / 256  # the linear scaling rule
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")  # bf16 needs none
     history = load_run(args, objective, optimizer, scaler)  # of a resumed run, else []
-    print_run(args, objective, len(dataset))
-    if args.compile:
-        objective.compile()  # in place, so that its state_dict keeps its names
-    parallel = objective
-    if WORLD > 1:  # TinyMIM leaves unused what comes after the student's last q, k and v
-        parallel = nn.parallel.DistributedDataParallel(
-            objective, find_unused_parameters=isinstance(objective, TinyMIM))
+    print_run(args, objective, dataset)
+    objective.compile(disable=not args.compile)  # in place: its state_dict keeps its names
+    model = objective
+    if WORLD > 1:  # distillation leaves unused what comes after the student's last q, k and v
+        model = nn.parallel.DistributedDataParallel(
+            objective, find_unused_parameters=hasattr(objective, "teacher"))
+
     for epoch in range(len(history), args.epochs):
-        record = train_epoch(parallel, loader, prepare, optimizer, scaler, epoch, args, schedule)
+        # Seed each epoch, so that a resumed run repeats it. After iter(), which itself draws from
+        # the generator. (hash() of a tuple of integers is the same in every process.)
+        loader.sampler.set_epoch(epoch)
+        batches = iter(loader)
+        torch.manual_seed(hash((args.seed, epoch, RANK)))
+        model.train()  # the student's drop path; the teacher's is 0, so nothing changes in it
+        totals, began = {}, time.perf_counter()
+
+        bar = progress_bar(updates, epoch, args)
+        for update in bar:
+            lr = schedule(epoch + update / updates, peak, args.warmup_epochs, args.epochs,
+                          args.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)  # lr_scale: finetune.py's layer decay
+
+            # The gradients of `accum` batches add up to one update.
+            for _ in range(args.accum):
+                batch = [tensor.to(args.device, non_blocking=True) for tensor in next(batches)]
+                inputs = prepare(*batch)  # two_views(crops): student_images, teacher_images
+                with torch.autocast(args.device, DTYPES[args.amp], enabled=args.amp != "off"):
+                    losses = model(*inputs)  # TinyMIM.forward: {"qq": scalar, ...}
+                loss = sum(losses.values())
+                scaler.scale(loss / args.accum).backward()
+                for name, value in losses.items():
+                    totals[name] = totals.get(name, 0) + value.detach()  # no .item(): no waiting
+
+            if epoch == update == 0:
+                print_unused(objective)
+            # No gradient clipping, as in MAE and the authors' code.
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+            if update % 50 == 0 or update == updates - 1:
+                bar.set_postfix(loss=loss.item())  # .item() waits for the GPU, so not each time
+                if not loss.isfinite():
+                    raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}: lower --blr")
+
+        means = torch.stack(list(totals.values())) / (updates * args.accum * WORLD)
+        if WORLD > 1:
+            dist.all_reduce(means)  # the sum over the processes
+        means = dict(zip(totals, means.tolist()))
+        record = {"epoch": epoch + 1, **means, "loss": sum(means.values()), "lr": lr,
+                  "images/s": updates * args.images_per_update / (time.perf_counter() - began)}
         history.append(record | evaluate(epoch + 1))
         save_run(args, objective, optimizer, scaler, history)
-
-def train_epoch(objective, loader, prepare, optimizer, scaler, epoch, args, schedule):
-    """Train for one epoch. Returns its record for the log: the mean of each loss, and more."""
-    updates = len(loader) // args.accum
-    peak = args.blr * args.images_per_update / 256  # the linear scaling rule
-
-    # The same order, crops, colours and drop path in this epoch, resumed or not. The seed comes
-    # after iter(), which draws a number too. (Python's hash of numbers is not randomised.)
-    loader.sampler.set_epoch(epoch)
-    batches = iter(loader)
-    torch.manual_seed(hash((args.seed, epoch, RANK)))
-    objective.train()  # for the student's drop path
-    totals, began = {}, time.perf_counter()
-
-    for update in (bar := progress_bar(updates, epoch, args)):
-        lr = schedule(epoch + update / updates, peak, args.warmup_epochs, args.epochs, args.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)  # lr_scale: layer decay in finetune.py
-
-        # The gradients of `accum` batches add up to one update.
-        for _ in range(args.accum):
-            batch = [tensor.to(args.device, non_blocking=True) for tensor in next(batches)]
-            inputs = prepare(*batch)  # student_images, teacher_images
-            with torch.autocast(args.device, DTYPES[args.amp], enabled=args.amp != "off"):
-                losses = objective(*inputs)  # TinyMIM.forward: {"qq": scalar, ...}
-            loss = sum(losses.values())
-            scaler.scale(loss / args.accum).backward()
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0) + value.detach()  # no .item(): no waiting
-
-        if epoch == update == 0:
-            name_untrained(objective)
-        # Neither MAE nor the authors clip gradients: warm-up is enough.
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        if update % 50 == 0 or update == updates - 1:
-            bar.set_postfix(loss=loss.item())  # .item() waits for the GPU, so not each time
-            if not loss.isfinite():
-                raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}: lower --blr")
-
-    means = mean_over_processes(totals, updates * args.accum)
-    return {"epoch": epoch + 1} | means | {"loss": sum(means.values()), "lr": lr,
-            "images/s": updates * args.images_per_update / (time.perf_counter() - began)}
 
 # ==== Part II: the rest of a program =============================================================
 
@@ -394,12 +392,16 @@ class UserError(ValueError):
 MAE_URL = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_"
 TEACHERS = {f"mae_{size}": f"{MAE_URL}{size}.pth" for size in ("base", "large", "huge")}
 
-def download(url):
-    """A file from the web, kept in torch's cache. One process of each machine fetches it."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+def must_fetch(path):
+    """Whether this process is to fetch it: the first of each machine does so, the others wait."""
     while LOCAL_RANK > 0 and not os.path.exists(path):
         time.sleep(1)
-    if not os.path.exists(path):
+    return not os.path.exists(path)
+
+def download(url):
+    """A file from the web, kept in torch's cache."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    if must_fetch(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, path)  # it appears whole or not at all
@@ -412,7 +414,7 @@ def load_file(path):
     """What torch.save wrote, as long as that is tensors and plain values: no code in it runs."""
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("wrong checksum")  # of which PyTorch takes no notice
+            raise ValueError("wrong checksum")  # PyTorch does not check it
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE saves its options
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types
@@ -421,8 +423,7 @@ def load_file(path):
                         "more than tensors, save model.state_dict() where it was made") from error
 
 def read_checkpoint(source, heads=None):
-    """Read a name in TEACHERS or a file (MAE's, the authors', ours, a state_dict): {name: tensor},
-    the ViT arguments that they imply, and the config of our own files."""
+    """{name: tensor} of a file or a name in TEACHERS, the ViT arguments they imply, our config."""
     if source not in TEACHERS and not os.path.exists(source):
         raise UserError(f"there is no file {source}; known by name are {', '.join(TEACHERS)}")
     content = load_file(download(TEACHERS[source]) if source in TEACHERS else source)
@@ -442,7 +443,8 @@ def read_checkpoint(source, heads=None):
     heads = heads or config.get("heads")
     if heads is None:
         heads = 16 if dim == 1280 else max(1, dim // 64)  # timm's
-        print(f"{source}: {heads} attention heads, by its width (--teacher-heads, --heads)")
+        if RANK == 0:
+            print(f"{source}: {heads} attention heads, by its width (--teacher-heads, --heads)")
     sizes = dict(dim=dim, depth=depth, heads=heads, patch_size=patch_size, img_size=img_size)
     return tensors, sizes, config
 
@@ -471,8 +473,8 @@ def load_teacher(source, img_size=None, heads=None):
     load_weights(teacher, tensors, source)
     return teacher
 
-# What --resume may change: nothing that shapes the result. Batches may be cut differently.
-FREE = {"resume", "out", "data", "workers", "device", "compile", "batch_size", "accum"}
+# What --resume may change. The images of an update must stay as many, and --data is trusted.
+MAY_CHANGE = {"resume", "out", "data", "workers", "device", "compile", "batch_size", "accum"}
 
 def load_run(args, objective, optimizer, scaler):
     """With --resume, continue the run in args.out. Returns the records of its finished epochs."""
@@ -484,7 +486,7 @@ def load_run(args, objective, optimizer, scaler):
         raise UserError(f"{path} is not of a run of this program: choose another --out")
     now = vars(args) | objective.student.config
     for name, before in (saved["args"] | saved["config"]).items():
-        if name in now and name not in FREE and now[name] != before:
+        if name in now and name not in MAY_CHANGE and now[name] != before:
             raise UserError(f"{path} is of another run: {name} {str(before)[:80]}, not "
                             f"{str(now[name])[:80]}. --resume goes with the options of that run")
     teacher = {k: v for k, v in objective.state_dict().items() if "teacher" in k.split(".")}
@@ -495,7 +497,7 @@ def load_run(args, objective, optimizer, scaler):
 
 def save_run(args, objective, optimizer, scaler, history):
     """Write log.jsonl, best.pth (if the newest "top1" is the best) and last.pth, in this order: a
-    kill in between repeats an epoch at worst. A kill while writing leaves the old file whole."""
+    kill in between repeats an epoch at worst. Checkpoints are whole at any time."""
     if RANK > 0:
         return
     print("  ".join(f"{name} {value:.5g}" for name, value in history[-1].items()), flush=True)
@@ -519,7 +521,7 @@ decode_jpeg = getattr(torchvision.io, "decode_image", None)  # it will leave tor
 def image_folder(data, split=""):
     """The folder that --data names, or its subfolder `split`, if there is one."""
     folder = os.path.join("data", "imagenette2-320") if data == "imagenette" else data
-    if data == "imagenette" and not os.path.isdir(folder):
+    if data == "imagenette" and must_fetch(folder):
         archive = download("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz")
         with tempfile.TemporaryDirectory(dir=".") as partial:  # the folder appears when it is whole
             extract_archive(archive, partial)
@@ -561,8 +563,8 @@ def decode(path):
         raise UserError(f"cannot read {path} ({error})") from error
 
 class ImageDataset(Dataset):
-    """Items are (transform(image),) or (transform(image), label). A key is epoch * len(dataset) +
-    index. It seeds the transform, which so is the same in any worker, and after --resume."""
+    """Items are (transform(image),) or (transform(image), label). A key, epoch * len(dataset) +
+    index, seeds the transform: it is the same in any worker, and after --resume."""
     def __init__(self, paths, transform, seed=0, labels=None):
         self.paths, self.transform, self.seed, self.labels = paths, transform, seed, labels
 
@@ -578,8 +580,7 @@ class ImageDataset(Dataset):
         return (image,) if self.labels is None else (image, self.labels[index])
 
 class EpochSampler(DistributedSampler):
-    """This process's share of the images, in a new order each epoch, as keys of ImageDataset."""
-    def __iter__(self):
+    def __iter__(self):  # this process's keys of ImageDataset, in a new order in each epoch
         return (self.epoch * len(self.dataset) + index for index in super().__iter__())
 
 def make_loader(dataset, args):
@@ -621,7 +622,7 @@ def setup(args):
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(args.seed)
 
-def print_run(args, objective, images):
+def print_run(args, objective, dataset):
     """What is about to happen, in five lines at most."""
     lines = {name: f"{vit.dim} wide, {vit.depth} blocks, {vit.heads} heads"
              for name, vit in objective.named_children() if isinstance(vit, ViT)}
@@ -629,14 +630,14 @@ def print_run(args, objective, images):
         lines["loss"] = (f"{' '.join(objective.pairs)} of block {objective.teacher_block}, "
                          f"{objective.relation_heads} relation heads")
     size = args.images_per_update
-    lines["training"] = (f"{images} images, {images // size} updates of {size} an epoch, "
-                         f"{args.epochs} epochs, peak learning rate {args.blr * size / 256:.3g}")
+    lines["training"] = (f"{len(dataset)} images, {len(dataset) // size} updates of {size} per "
+                         f"epoch, {args.epochs} epochs, peak rate {args.blr * size / 256:.3g}")
     lines["machine"] = (f"{args.device}, amp {args.amp}, {args.workers} workers, "
                         f"{torch.get_num_threads()} threads, into {args.out}")
     if RANK == 0:
         print(*(f"{name:10}{text}" for name, text in lines.items()), sep="\n", flush=True)
 
-def name_untrained(objective):
+def print_unused(objective):
     names = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     if names and RANK == 0:
         print("no loss reaches " + ", ".join(name.removesuffix(".weight") for name in names))
@@ -645,27 +646,20 @@ def progress_bar(updates, epoch, args):
     return tqdm(range(updates), f"epoch {epoch + 1}/{args.epochs}", leave=False, unit=" images",
                 unit_scale=args.images_per_update, disable=RANK > 0 or None)  # None: in log files
 
-def mean_over_processes(totals, batches):
-    means = torch.stack(list(totals.values())) / (batches * WORLD)
-    if WORLD > 1:
-        dist.all_reduce(means)  # the sum
-    return dict(zip(totals, means.tolist()))
-
 def between(kind, low, high=10**9):  # the type of an option
     def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
     return number
-
-COUNT, POSITIVE, SHARE = between(int, 1), between(float, 0), between(float, 0, 1)
+COUNT, RATE, SHARE = between(int, 1), between(float, 0), between(float, 0, 1)
 
 def make_parser(prog, doc, recipe, teacher=False):
     """The options of all scripts, with their defaults in `recipe`, and perhaps of distillation."""
     summary, examples = doc.split("\n\n")[:2]
     parser = argparse.ArgumentParser(prog, description=summary, epilog=examples,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(**dict(script=prog, student="tiny") | recipe)
+    parser.set_defaults(**dict(script=prog, student="tiny", accum=1) | recipe)
     add = parser.add_argument
     add("--student", choices=STUDENTS, help="size of a new ViT (default: tiny)")
     for name in ("dim", "depth", "heads"):
@@ -675,11 +669,11 @@ def make_parser(prog, doc, recipe, teacher=False):
     add("--out", help="folder for checkpoints and log (default: in runs/)")
     add("--resume", action="store_true", help="continue a run: repeat its command and add this")
     add("--epochs", type=COUNT, help="passes over the data")
-    add("--warmup-epochs", type=POSITIVE, help="of linear warm-up")
+    add("--warmup-epochs", type=RATE, help="of linear warm-up")
     add("--batch-size", type=COUNT, help="images per process and step")
-    add("--accum", type=COUNT, default=1, help="steps that make one update (default: 1)")
-    add("--blr", type=POSITIVE, help="peak learning rate for 256 images per update")
-    add("--weight-decay", type=POSITIVE, help="of AdamW")
+    add("--accum", type=COUNT, help="steps that make one update (default: 1)")
+    add("--blr", type=RATE, help="peak learning rate for 256 images per update")
+    add("--weight-decay", type=RATE, help="of AdamW")
     add("--drop-path", type=SHARE, help="rate of skipping a branch")
     add("--seed", type=between(int, 0), default=0, help="of all that is random (default: 0)")
     add("--workers", type=between(int, 0), help="image decoders (default: by the cores)")
@@ -696,8 +690,7 @@ def make_parser(prog, doc, recipe, teacher=False):
         add("--relation-heads", type=COUNT, help="default: the teacher's")
     return parser
 
-def run(parser, function, args, *more):
-    """function(args, *more), with mistakes of a user in one line."""
+def run(parser, function, args, *more):  # mistakes of a user end it in one line
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: at once, the files are whole
     try:
         function(args, *more)
@@ -708,7 +701,8 @@ def run(parser, function, args, *more):
     except UserError as error:  # one from a worker begins with its traceback
         sys.exit(f"{parser.prog}: error: {str(error).rsplit('UserError: ', 1)[-1].strip()}")
     except RuntimeError as error:  # PyTorch's, about memory or a full disk: add what may help
-        if not any(word in str(error) for word in ("memory", "container", "iostream", "worker")):
+        words = "out of memory", "allocate", "inline_container", "iostream", "DataLoader worker"
+        if not any(word in str(error) for word in words):
             raise
         sys.exit(f"{parser.prog}: error: {str(error).splitlines()[0]} (a full disk? Else halve "
                  "--batch-size and double --accum, or try --workers 0 or docker run --shm-size 8g)")
