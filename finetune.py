@@ -183,26 +183,26 @@ RECIPES = {  # by the smallest width that they are for
     768: dict(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.2),
     1024: dict(epochs=50, warmup_epochs=5, blr=1e-3, layer_decay=0.75, drop_path=0.2),  # MAE's
 }
-SCRATCH = dict(epochs=300, blr=5e-4, layer_decay=1.0, drop_path=0.1)  # our choice
 DEFAULTS = dict(batch_size=128, weight_decay=0.05, min_lr=1e-6, augment="strong")
 
 def settle(args):
     """Read --checkpoint, and give the options that are None the values of its recipe. Returns what
     read_checkpoint() does, with the sizes that --dim and the like override."""
     if args.checkpoint == "none":
-        sizes = dict(zip(("dim", "depth", "heads"), STUDENTS[args.student or "tiny"]))
-        tensors, sizes, config = {}, sizes | dict(patch_size=16, img_size=224), {}
-        recipe = SCRATCH
+        tensors, config, size = {}, {}, STUDENTS[args.student or "tiny"]
+        sizes = dict(zip(("dim", "depth", "heads"), size), patch_size=16, img_size=224)
+    elif args.student:
+        raise UserError("--student goes with --checkpoint none: a checkpoint has its own size")
     else:
-        if args.student:
-            raise UserError("--student goes with --checkpoint none: a checkpoint has its own size")
         tensors, sizes, config = tinymim.read_checkpoint(args.checkpoint, args.heads)
-        recipe = RECIPES[max(width for width in RECIPES if width <= sizes["dim"])]
-        if sizes["dim"] == 768 and not config.get("relation_heads"):
-            recipe = recipe | dict(drop_path=0.1)
     for name in sizes:
         sizes[name] = getattr(args, name) or sizes[name]
-    for option, value in (DEFAULTS | recipe).items():
+    recipe = DEFAULTS | RECIPES[max(width for width in RECIPES if width <= sizes["dim"])]
+    if args.checkpoint == "none":
+        recipe["layer_decay"] = 1.0  # there is nothing to preserve in early layers
+    elif sizes["dim"] == 768 and not config.get("relation_heads"):
+        recipe["drop_path"] = 0.1
+    for option, value in recipe.items():
         if getattr(args, option) is None:
             setattr(args, option, value)
     if args.warmup_epochs is None:
@@ -232,9 +232,9 @@ def parameter_groups(model, weight_decay, layer_decay):
 
 def make_eval_loader(paths, labels, transform, args):
     """This process's share of the images: none is left out, and none counts twice."""
-    dataset = ImageDataset(paths, transform, labels=labels)
-    return DataLoader(dataset, args.batch_size, sampler=range(RANK, len(paths), WORLD),
-                      num_workers=args.workers, pin_memory=args.device == "cuda")
+    return DataLoader(ImageDataset(paths, transform, labels=labels), args.batch_size,
+                      sampler=range(RANK, len(paths), WORLD), num_workers=args.workers,
+                      pin_memory=args.device == "cuda")
 
 @torch.no_grad()
 def evaluate(model, loader, args):
@@ -316,9 +316,8 @@ def make_parser(prog, doc):
 def main(argv=None):
     parser = make_parser("finetune.py", __doc__)
     args = parser.parse_args(argv)
-    if not args.eval and not args.out:
-        args.out = os.path.dirname(args.checkpoint) or os.path.join("runs", args.checkpoint)
-        args.out += "-finetuned"
+    folder = os.path.dirname(args.checkpoint) or os.path.join("runs", args.checkpoint)
+    args.out = None if args.eval else args.out or folder + "-finetuned"
     tinymim.run(parser, train, args)
     if RANK == 0 and not args.eval:
         print(f"finished. Next: python finetune.py --eval --checkpoint {args.out}/best.pth "

@@ -890,7 +890,7 @@ def test_recipes_follow_the_size(tmp_path):
         assert vars(args) | expected == vars(args), dim
     args = args_of(finetune, "--checkpoint=none", "--drop-path=0.22")
     model = finetune.build(args, finetune.settle(args), list("abcdefg"))
-    assert (args.epochs, args.layer_decay, model.dim) == (300, 1, 192)
+    assert (args.epochs, args.layer_decay, args.augment, model.dim) == (300, 1, "light", 192)
     assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.1)
     assert [block.drop_path.p for block in model.blocks] == near([0.02 * i for i in range(12)])
 
@@ -987,8 +987,8 @@ def test_readme_snippets_run(code, distil, tmp_path, monkeypatch):  # those with
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["snippet.py", *distil])
     tiny = tinymim.STUDENTS["tiny"]
-    for folder, name, model in (("runs/tiny-mae_base", "last.pth", ViT(*tiny)),
-                                ("runs/finetune-tiny-mae_base", "best.pth", finetune.Classifier(*tiny, 10))):
+    for folder, name, model in (("runs/tiny", "last.pth", ViT(*tiny)),
+                                ("runs/tiny-finetuned", "best.pth", finetune.Classifier(*tiny, 10))):
         os.makedirs(folder)
         torch.save({"model": model.state_dict(), "config": model.config}, f"{folder}/{name}")
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})

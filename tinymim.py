@@ -664,7 +664,7 @@ def make_parser(prog, doc, recipe, teacher=False):
     add("--student", choices=STUDENTS, help="size of a new ViT (default: tiny)")
     for name in ("dim", "depth", "heads"):
         add(f"--{name}", type=COUNT, help="overrides that of --student")
-    add("--img-size", type=COUNT, help="in pixels (default: the checkpoint's)")
+    add("--img-size", type=COUNT, help="in pixels (default: the checkpoint's, or 224)")
     add("--data", default="imagenette", help="folder of images (default: imagenette, downloaded)")
     add("--out", help="folder for checkpoints and log (default: in runs/)")
     add("--resume", action="store_true", help="continue a run: repeat its command and add this")

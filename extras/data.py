@@ -1,19 +1,21 @@
-"""For study.py and demo.py: CIFAR-10 as image files, its splits, a file of results, settings of the CPU."""
+"""For study.py and demo.py: CIFAR-10 as files, its splits, a file of results, CPU settings."""
 
 import json
 import math
 import os
 import sys
+from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 import torchvision
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import finetune
 
 def set_up_cpu():
-    """What suits small networks on a CPU, as settings of PyTorch and as options, which it returns."""
+    """What suits small networks on a CPU, as settings, and as options, which it returns."""
     torch.set_num_threads(1)  # two threads on a network this small wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # for tinymim.setup, which else sets more
     torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too, which is slow for few tokens
     return ["--amp", "bf16"] if torch.cpu._is_avx512_bf16_supported() else []
 
@@ -32,39 +34,41 @@ def cifar10(root="data"):
     return folder
 
 def link_splits(root, out):
-    """Links in OUT/data: "all" and "few" labels (a tenth), with the test photos as val, and "tune": few,
-    with another tenth of the training photos as val. Returns how many training photos there are."""
-    test = "test" if os.path.isdir(os.path.join(root, "test")) else "val"
-    finetune.read_folder(os.path.join(root, test))  # what is missing is better known now than after hours
-    paths, labels, classes = finetune.read_folder(os.path.join(root, "train"))
-    links = {"all/train": os.path.join(root, "train"), "all/val": os.path.join(root, test),
-             "few/val": os.path.join(root, test)}
+    """Links in OUT/data: "all" and "few" labels (a tenth), with the test photos as val, and "tune":
+    few, with another tenth as val. Returns how many training photos there are."""
+    test = f"{root}/test" if os.path.isdir(f"{root}/test") else f"{root}/val"
+    finetune.read_folder(test)  # better missing now than after hours
+    paths, labels, classes = finetune.read_folder(f"{root}/train")
+    links = {"all/train": f"{root}/train", "all/val": test, "few/val": test}
     for i, name in enumerate(classes):
         found = [os.fsdecode(path) for path in paths[labels == i]]
         tenth = math.ceil(len(found) / 10)
-        parts = {"few/train": found[:tenth], "tune/train": found[:tenth], "tune/val": found[-tenth:]}
-        for part, chosen in parts.items():
+        for part, chosen in (("few/train", found[:tenth]), ("tune/train", found[:tenth]),
+                             ("tune/val", found[-tenth:])):
             links |= {os.path.join(part, name, os.path.basename(path)): path for path in chosen}
     for link, target in links.items():
-        link = os.path.join(out, "data", link)
+        link, target = os.path.join(out, "data", link), os.path.abspath(target)
         os.makedirs(os.path.dirname(link), exist_ok=True)
         if not os.path.lexists(link):
-            os.symlink(os.path.abspath(target), link)
+            os.symlink(target, link)
+        elif os.path.realpath(link) != os.path.realpath(target):
+            raise finetune.UserError(f"{out} is of other photos: {os.path.realpath(link)}")
     return len(paths)
+
+def top1(result):
+    """The accuracy in a result: a number or, with its protocol, {"top1": number, ...}."""
+    return result["top1"] if isinstance(result, dict) else result
 
 def of_seeds(found, labels, spec):
     """The top-1 of all seeds of a row, among the results."""
-    return [top1 for key, top1 in found.items() if key.startswith(f"{labels}/{spec}/")]
+    return [top1(found[key]) for key in found if key.startswith(f"{labels}/{spec}/")]
 
-def results(path, key=None, top1=None):
-    """Add {key: top1} to a JSON file that other processes change, too. Returns all that is in it."""
-    found = {}
-    if os.path.exists(path):
-        with open(path) as file:
-            found = json.load(file)
+def results(path, key=None, result=None):
+    """Add {key: result} to a JSON file that others change too. Returns all that is in it."""
+    found = json.loads(Path(path).read_text()) if os.path.exists(path) else {}
     if key:
-        found[key] = top1
-        with open(f"{path}.{os.getpid()}", "w") as file:
-            json.dump(found, file, indent=1, sort_keys=True)
-        os.replace(f"{path}.{os.getpid()}", path)
+        found[key] = result
+        part = Path(f"{path}.{os.getpid()}")
+        part.write_text(json.dumps(found, indent=1, sort_keys=True))
+        part.replace(path)
     return found

@@ -1,10 +1,11 @@
-"""The README's pictures. Needs matplotlib.
+"""Pictures of what is learnt, and of the README. Needs matplotlib.
 
-    python extras/figures.py --run runs/tiny-mae_base   (of tinymim.py: method.svg and relations.png)
+    python extras/figures.py --run runs/tiny            (relations.png and method.svg of tinymim.py)
+    python extras/figures.py --log runs/tiny runs/x     (curves.png: loss and accuracy over epochs)
     python extras/figures.py --speed speed.json         (of extras/benchmark.py --json: speed.svg)
-    python extras/figures.py --results results.json     (of extras/study.py, its T8: results.png)
+    python extras/figures.py --results results.json     (of extras/study.py, Table 8: results.png)
 
---data: a folder of images, instead of the run's own. --out: for the pictures (default: assets).
+They are written beside what they show, or to --out. --data: photos for --run, instead of its own.
 """
 
 import argparse
@@ -33,11 +34,10 @@ plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "image.cmap": "magma",
 def load_run(folder, data):
     """uint8 crops (4, 3, H, W), the objective as it was before training, the student after it."""
     checkpoint = os.path.join(folder, "last.pth")
-    args = argparse.Namespace(**torch.load(checkpoint, map_location="cpu", weights_only=True)["args"])
+    args = argparse.Namespace(**tinymim.load_file(checkpoint)["args"])
     torch.manual_seed(args.seed)  # as in tinymim.setup
     objective, student = tinymim.build(args).eval(), tinymim.load_teacher(checkpoint)
-    data = data or args.data
-    paths = tinymim.find_images(tinymim.imagenette() if data == "imagenette" else data)
+    paths = tinymim.find_images(tinymim.image_folder(data or args.data, "train"))
     crop = v2.Compose([v2.Resize(student.img_size), v2.CenterCrop(student.img_size)])
     crops = [crop(tinymim.decode(os.fsdecode(path))) for path in paths[::len(paths) // 4 or 1][:4]]
     return torch.stack(crops), objective, student
@@ -46,14 +46,16 @@ def load_run(folder, data):
 def relation_maps(objective, network, images):
     """{pair: relations (B, N, N), the mean over heads} of images (B, 3, H, W) in [0, 1]."""
     block = objective.teacher_block if network is objective.teacher else network.depth
-    qkv = dict(zip("qkv", network.qkv(tinymim.normalize(images), block)))
-    return {f"{a}-{b}": tinymim.relation(qkv[a], qkv[b], objective.relation_heads).exp().mean(dim=1)
+    qkv = dict(zip("qkv", network.qkv_at(tinymim.normalize(images), block)))
+    heads = objective.relation_heads
+    return {f"{a}-{b}": tinymim.log_relation(qkv[a], qkv[b], heads).exp().mean(dim=1)
             for a, b in objective.pairs}
 
 def draw_relations(crops, objective, student, path):
-    """How each crop's middle patch relates to all. White: the strongest in three maps, itself left out."""
-    networks = {"teacher": objective.teacher, "student before": objective.student, "student after": student}
-    maps = {name: relation_maps(objective, network, crops / 255) for name, network in networks.items()}
+    """How each crop's middle patch relates to the others. White: the strongest in three maps."""
+    networks = {"teacher": objective.teacher, "student before": objective.student,
+                "student after": student}
+    maps = {name: relation_maps(objective, vit, crops / 255) for name, vit in networks.items()}
     grid, width, height = student.grid, 1 + 3.2 * len(objective.pairs), len(crops) + 0.4  # in crops
     figure = plt.figure(figsize=(9, 9 * height / width))
     for row, crop in enumerate(crops):
@@ -61,35 +63,41 @@ def draw_relations(crops, objective, student, path):
         for i, pair in enumerate(maps["teacher"]):
             heats = [maps[name][pair][row, 1:, 1:] for name in networks]  # without the class token
             heats = [heat[(grid + 1) * (grid // 2)].unflatten(0, (grid, grid)) for heat in heats]
-            brightest = max(heat.flatten().topk(2).values[1] for heat in heats)
+            for heat in heats:
+                heat[grid // 2, grid // 2] = 0  # to itself it relates far more strongly: black
+            brightest = max(heat.max() for heat in heats)
             shown += [(1.2 + 3.2 * i + j, f"{pair}\n{name}", heats[j], brightest)
                       for j, name in enumerate(networks)]
         for x, title, image, brightest in shown:
             place = x / width, (len(crops) - 1 - row) / height, 0.96 / width, 0.96 / height
-            axes = figure.add_axes(place, xticks=[], yticks=[], frame_on=False, title=title * (row == 0))
+            title = title if row == 0 else ""
+            axes = figure.add_axes(place, xticks=[], yticks=[], frame_on=False, title=title)
             axes.imshow(image, vmin=0, vmax=brightest, extent=(0, grid, grid, 0),
-                        interpolation="nearest" if title else "bicubic")
+                        interpolation="nearest" if brightest else "bicubic")
             axes.add_patch(plt.Rectangle((grid // 2, grid // 2), 1, 1, fill=False, color="red"))
     figure.savefig(path)
 
 def draw_method(crops, objective, path):
-    """The method at a glance, with the first crop's relations in these networks, from 0 (black) to 6 / N."""
+    """The method at a glance, with the first crop's relations, from 0 (black) to 6 / N."""
     figure = plt.figure(figsize=(9, 3.4))
     canvas = figure.add_axes([0, 0, 1, 1], xlim=(0, 9), ylim=(0, 3.4))  # in inches
     canvas.axis("off")
 
     def arrow(*points):
         canvas.plot(*zip(*points[:-1]), color="black", linewidth=1)
-        canvas.annotate("", points[-1], points[-2], arrowprops=dict(arrowstyle="-|>", fc="black", shrinkA=0))
+        style = dict(arrowstyle="-|>", fc="black", shrinkA=0)
+        canvas.annotate("", points[-1], points[-2], arrowprops=style)
 
     def inset(x, y, image, vmax=None, **labels):
-        axes = figure.add_axes([x / 9, y / 3.4 - 0.124, 0.0936, 0.248], xticks=[], yticks=[], **labels)
+        place = [x / 9, y / 3.4 - 0.124, 0.0936, 0.248]
+        axes = figure.add_axes(place, xticks=[], yticks=[], **labels)
         axes.imshow(image, vmin=0, vmax=vmax, interpolation="nearest" if vmax else "bicubic")
 
-    jitter = tinymim.color_jitter(crops[:1] / 255, torch.tensor([[0, 1, 2]]), torch.tensor([[1.3, 0.7, 0.6]]))
+    order, factors = torch.tensor([[0, 1, 2]]), torch.tensor([[1.3, 0.7, 0.6]])
+    jitter = tinymim.color_jitter(crops[:1] / 255, order, factors)
     for network, image, title, y, depth, last, height, color in (
-            (objective.teacher, crops[:1] / 255, "teacher: MAE's ViT-L, frozen", 2.55, 24, 17, 0.84, BLUE),
-            (objective.student, jitter, "student: new ViT-T", 0.75, 12, 11, 0.56, ORANGE)):
+            (objective.teacher, crops[:1] / 255, "teacher: MAE's ViT-L, frozen", 2.55, 24, 17, 0.84,
+             BLUE), (objective.student, jitter, "student: new ViT-T", 0.75, 12, 11, 0.56, ORANGE)):
         x, bottom = [1.35 + 0.125 * i for i in range(depth)], y - height / 2
         inset(0.1, y, image[0].permute(1, 2, 0))
         arrow((0.98, y), (1.27, y))
@@ -98,8 +106,10 @@ def draw_method(crops, objective, path):
         canvas.bar(x[last:], height, 0.09, bottom, color="white", edgecolor="black", linestyle=":")
         canvas.bar(x[last], height / 3, 0.09, bottom, color=color, edgecolor="black")
         canvas.text(x[last] - 0.1, bottom - 0.22, f"only q, k, v of block {last + 1}", ha="right")
-        arrow((x[last], bottom), (x[last], bottom - 0.18), (4.45, bottom - 0.18), (4.45, y), (4.7, y))
-        canvas.text(5.2, y, "softmax\n$a\\,b^\\top/\\sqrt{D/h}$", ha="center", va="center", fontsize=9)
+        corner = bottom - 0.18
+        arrow((x[last], bottom), (x[last], corner), (4.45, corner), (4.45, y), (4.7, y))
+        formula = "softmax\n$a\\,b^\\top/\\sqrt{D/h}$"
+        canvas.text(5.2, y, formula, ha="center", va="center", fontsize=9)
         arrow((5.7, y), (5.95, y))
         for i, (pair, heat) in enumerate(relation_maps(objective, network, image).items()):
             inset(6.17 + 0.95 * i, y, heat[0], 6 / heat.shape[2], xlabel="token j",
@@ -112,46 +122,77 @@ def draw_method(crops, objective, path):
     figure.savefig(path, metadata={"Date": None})
 
 def draw_bars(panels, path):
-    """Horizontal bars, a panel for each {title: {name: values}}: their mean and standard deviation."""
+    """Horizontal bars, a panel for each {title: {name: values}}: mean and standard deviation."""
     rows = [len(bars) for bars in panels.values()]
-    figure, axes = plt.subplots(len(rows), figsize=(8, 0.25 * sum(rows) + 0.3 * len(rows)), squeeze=False,
-                                layout="constrained", height_ratios=rows)
+    size = 8, 0.25 * sum(rows) + 0.3 * len(rows)
+    figure, axes = plt.subplots(len(rows), figsize=size, squeeze=False, layout="constrained",
+                                height_ratios=rows)
     for cell, (title, bars) in zip(axes.flat, panels.items()):
         for name, values in reversed(bars.items()):
             error = stdev(values) if len(values) > 1 else None
             color = BLUE if name.startswith(("tinymim.py", "relation")) else GRAY
             label = f"{mean(values):.1f} ± {error:.1f}" if error else f"{mean(values):.3g}"
-            cell.bar_label(cell.barh(name, mean(values), 0.7, xerr=error, color=color), [label], padding=4)
+            bar = cell.barh(name, mean(values), 0.7, xerr=error, color=color)
+            cell.bar_label(bar, [label], padding=4)
         cell.set(xticks=[], xlim=(0, 1.15 * max(map(mean, bars.values()))), frame_on=False)
         cell.set_title(title, loc="left")
     figure.savefig(path, metadata={"Date": None})
 
+def draw_curves(folders, path):
+    """log.jsonl of some runs: all losses, and accuracy if it was measured, over the epochs."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for folder in folders:
+        with open(os.path.join(folder, "log.jsonl")) as file:
+            log = [json.loads(line) for line in file]
+        for name in log[0].keys() - {"epoch", "lr", "images/s"}:
+            points = [(record["epoch"], record[name]) for record in log if name in record]
+            label = f"{os.path.basename(os.path.normpath(folder))}: {name}"
+            (right if name == "top1" else left).plot(*zip(*points), label=label)
+    left.set(xlabel="epoch", ylabel="loss")
+    right.set(xlabel="epoch", ylabel="top-1 (%)")
+    for axes in (left, right):
+        if axes.lines:
+            axes.legend(fontsize=6)
+    figure.savefig(path)
+
 def draw(args):
-    os.makedirs(args.out, exist_ok=True)
+    out = args.out or args.run
+    if out is None:
+        out = args.log[0] if args.log else os.path.dirname(args.speed or args.results) or "."
+    os.makedirs(out, exist_ok=True)
     if args.run:
         crops, objective, student = load_run(args.run, args.data)
-        draw_relations(crops, objective, student, os.path.join(args.out, "relations.png"))
-        draw_method(crops, objective, os.path.join(args.out, "method.svg"))
+        draw_relations(crops, objective, student, os.path.join(out, "relations.png"))
+        draw_method(crops, objective, os.path.join(out, "method.svg"))
+    if args.log:
+        draw_curves(args.log, os.path.join(out, "curves.png"))
     if args.speed:
         speed = json.load(open(args.speed))
         columns = {"pipeline": "images/s, 1 worker", "step": "images/s", "end to end": "images/s"}
         where = speed["machine"]["GPU"] or speed["machine"]["processor"]
-        panels = {f"{key}: {column}, {where}": {next(iter(row.values())): [row[column]] for row in speed[key]}
-                  for key, column in columns.items()}
-        draw_bars(panels, os.path.join(args.out, "speed.svg"))
+        panels = {f"{key}: {column}, {where}": {
+            next(iter(row.values())): [row[column]] for row in speed[key]}
+            for key, column in columns.items() if key in speed}
+        draw_bars(panels, os.path.join(out, "speed.svg"))
     if args.results:
         found, panels = json.load(open(args.results)), {}
         for labels, title in (("few", "a tenth of the labels"), ("all", "all labels")):
-            bars = {row: of_seeds(found, labels, spec) for table, row, spec, _ in ROWS if table == "T8"}
-            bars = {row: values for row, values in bars.items() if values}
+            bars = {row: of_seeds(found, labels, spec) for table, row, spec, _ in ROWS
+                    if table == "T8" and of_seeds(found, labels, spec)}
             panels |= {f"top-1 (%), {title}": bars} if bars else {}
-        draw_bars(panels, os.path.join(args.out, "results.png"))
+        draw_bars(panels, os.path.join(out, "results.png"))
+    print(f"drawn into {out}")
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser("extras/figures.py", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     for name in ("run", "speed", "results", "data", "out"):
-        parser.add_argument(f"--{name}", default="assets" if name == "out" else None)
-    tinymim.run(parser, parser.parse_args(argv), draw)
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--log", nargs="+", metavar="RUN")
+    args = parser.parse_args(argv)
+    if not (args.run or args.log or args.speed or args.results):
+        parser.error("nothing to draw: --run, --log, --speed or --results")
+    tinymim.run(parser, draw, args)
 
 if __name__ == "__main__":
     main()

@@ -3,8 +3,8 @@
     python extras/mae.py --student base --data /path/to/images --out runs/my-mae
     python tinymim.py --student tiny --teacher runs/my-mae/last.pth --data /path/to/images
 
-Paper: He et al. Masked Autoencoders Are Scalable Vision Learners. CVPR 2022, arxiv.org/abs/2111.06377.
-Data, training loop and options are those of tinymim.py.
+Paper: He et al. Masked Autoencoders Are Scalable Vision Learners. CVPR 2022,
+https://arxiv.org/abs/2111.06377. Data, training loop and options are those of tinymim.py.
 """
 
 import math
@@ -16,27 +16,29 @@ from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tinymim
-from tinymim import STUDENTS, Block, UserError, ViT, sincos_pos_embed
+from tinymim import COUNT, STUDENTS, Block, UserError, ViT, sincos_pos_embed
+
+# MAE's. Its updates have 4096 images, and its warm-up is a 20th of the epochs: None.
+RECIPE = dict(epochs=800, warmup_epochs=None, batch_size=256, blr=1.5e-4, min_lr=0.0,
+              weight_decay=0.05, drop_path=0.0, img_size=224)
 
 def random_mask(noise, ratio):
-    """Hide the share `ratio` of P patches: those with the largest noise (B, P), one random number per patch.
+    """Hide the share `ratio` of P patches, those with the largest noise (B, P).
 
-    Returns keep (B, n), the indices of the patches that stay visible, and rank (B, P), each patch's place in
-    the order of the noise: it is masked where rank >= n. The second argsort inverts the first: `order` lists
-    the patches by noise, `rank` says where in that list a patch is. The decoder has the visible patches in
-    the order of `keep`, then mask tokens: picking at `rank` puts each of them in its place.
+    Returns keep (B, n), the indices of the n visible patches, and rank (B, P), each patch's place
+    in the order of the noise. A patch is hidden where rank >= n.
     """
-    order = noise.argsort(dim=1)
-    rank = order.argsort(dim=1)
+    order = noise.argsort(dim=1)  # the patches, sorted by their noise
+    rank = order.argsort(dim=1)  # the inverse: where in that order a patch is
     return order[:, :int(noise.shape[1] * (1 - ratio))], rank
 
 def pick(tokens, indices):
-    """From tokens (B, 1 + P, D), the class token and the patches at `indices` (B, n): (B, 1 + n, D)."""
+    """From tokens (B, 1 + P, D), the class token and the patches at `indices`, (B, n)."""
     patches = tokens[:, 1:].gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
-    return torch.cat([tokens[:, :1], patches], dim=1)
+    return torch.cat([tokens[:, :1], patches], dim=1)  # (B, 1 + n, D)
 
 class Decoder(nn.Module):
-    """Tokens of the visible patches to the pixels of all. dim: the encoder's width; the rest: its own."""
+    """Tokens of the visible patches to the pixels of all. dim: the encoder's width."""
     def __init__(self, dim, patch_size, grid, width=512, depth=8, heads=16):
         super().__init__()
         self.embed = nn.Linear(dim, width)
@@ -48,36 +50,34 @@ class Decoder(nn.Module):
         self.apply(ViT.init_weights)
 
     def forward(self, tokens, rank):
-        """Normalised tokens (B, 1 + n, dim) and rank (B, P), see random_mask, to (B, P, patch_size² * 3)."""
+        """Normalised tokens (B, 1 + n, dim), rank (B, P) to pixels (B, P, patch_size² * 3)."""
         x = self.embed(tokens)
-        masked = self.mask_token.to(x.dtype).expand(len(x), rank.shape[1] + 1 - x.shape[1], -1)
-        x = pick(torch.cat([x, masked], dim=1), rank) + self.pos_embed
-        return self.pred(self.norm(self.blocks(x)))[:, 1:]
+        hidden = self.mask_token.to(x.dtype).expand(len(x), rank.shape[1] + 1 - x.shape[1], -1)
+        x = pick(torch.cat([x, hidden], dim=1), rank)  # from the order of the noise to the image's
+        return self.pred(self.norm(self.blocks(x + self.pos_embed)))[:, 1:]
 
-def pixel_loss(predicted, images, masked, normalize=True):
-    """Mean squared error over the masked patches (B, P), by default of pixels normalised patch by patch.
-
-    predicted: (B, P, p² * 3) for patches of p x p pixels, each pixel's three colours together.
-    """
+def pixel_loss(predicted, images, hidden, normalize=True):
+    """Mean squared error over the hidden patches, (B, P), of pixels normalised patch by patch.
+    predicted: (B, P, p² * 3) for patches of p x p pixels, each pixel's three colours together."""
     grid, p = math.isqrt(predicted.shape[1]), math.isqrt(predicted.shape[2] // 3)
     target = images.unflatten(3, (grid, p)).unflatten(2, (grid, p)).permute(0, 2, 4, 3, 5, 1)
     target = target.flatten(3).flatten(1, 2)  # (B, P, p² * 3)
     if normalize:
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
     error = (predicted - target).square().mean(-1)  # (B, P)
-    return (error * masked).sum() / masked.sum()
+    return (error * hidden).sum() / hidden.sum()
 
 class MAE(nn.Module):
-    """The objective that takes TinyMIM's place in the training loop: {"pixel": loss} of the clean view."""
+    """The objective, for TinyMIM's place in the training loop. It sees only the clean view."""
     def __init__(self, student, mask_ratio=0.75, decoder=(512, 8, 16)):
         super().__init__()
         self.student, self.mask_ratio = student, mask_ratio
         if not 0 < int(student.grid**2 * (1 - mask_ratio)) < student.grid**2:
-            raise UserError(f"a mask ratio of {mask_ratio} leaves nothing to see, or nothing to predict")
+            raise UserError(f"a mask ratio of {mask_ratio} leaves nothing to see or to predict")
         self.decoder = Decoder(student.dim, student.config["patch_size"], student.grid, *decoder)
 
-    def forward(self, student_images, teacher_images, noise=None):
-        images = teacher_images  # not jittered
+    def forward(self, jittered, images, noise=None):
         if noise is None:
             noise = torch.rand(len(images), self.student.grid**2, device=images.device)
         keep, rank = random_mask(noise, self.mask_ratio)
@@ -87,21 +87,20 @@ class MAE(nn.Module):
 
 def build(args):
     dim, depth, heads = STUDENTS[args.student]
-    student = ViT(args.dim or dim, args.depth or depth, args.heads or heads, patch_size=args.patch_size,
-                  img_size=args.img_size or 224, drop_path=args.drop_path)
+    student = ViT(args.dim or dim, args.depth or depth, args.heads or heads, args.patch_size,
+                  args.img_size, args.drop_path)
     return MAE(student, args.mask_ratio, args.decoder)
 
 def main(argv=None):
-    parser = tinymim.make_parser("extras/mae.py", __doc__)
-    parser.set_defaults(epochs=800, batch_size=256, blr=1.5e-4, min_lr=0.0, drop_path=0.0)
-    add = parser.add_argument_group("MAE").add_argument
-    add("--patch-size", type=int, default=16, help="in pixels (default: 16)")
-    add("--mask-ratio", type=float, default=0.75, help="of the patches (default: 0.75)")
-    add("--decoder", nargs=3, type=int, default=[512, 8, 16], metavar="INT",
+    parser = tinymim.make_parser("extras/mae.py", __doc__, RECIPE)
+    add = parser.add_argument
+    add("--patch-size", type=COUNT, default=16, help="in pixels (default: 16)")
+    add("--mask-ratio", type=tinymim.SHARE, default=0.75, help="of the patches (default: 0.75)")
+    add("--decoder", nargs=3, type=COUNT, default=[512, 8, 16], metavar="INT",
         help="its width, depth and heads (default: 512 8 16)")
     args = parser.parse_args(argv)
     args.out = args.out or os.path.join("runs", f"mae-{args.student}")
-    tinymim.run(parser, args, lambda args: tinymim.train(args, build))
+    tinymim.run(parser, tinymim.train, args, build)
     if tinymim.RANK == 0:
         print(f"finished. Next: python tinymim.py --teacher {args.out}/last.pth --data {args.data}")
 

@@ -1,12 +1,14 @@
-"""The paper's tables at small scale, on CIFAR-10 or on photos of your own.
+"""The paper's tables at small scale, and when relations beat features, on CIFAR-10 or your photos.
 
-    python extras/study.py --data cifar10 --tune        (first: learning rates, on held-out training photos)
+    python extras/study.py --data cifar10 --tune        (first: learning rates, on held-out photos)
     python extras/study.py --data cifar10 --tables T8   (then one table, some, or by default all)
-    python extras/study.py --smallest                   (a trial of every row, on a few drawn shapes)
+    python extras/study.py --data cifar10 --curve       (when do relations beat features?)
+    python extras/study.py --content                    (how much of a relation the photo explains)
+    python extras/study.py --smallest                   (a smoke test of every row, on drawn shapes)
 
-A teacher is pre-trained with MAE. In each row a student learns from it in one way and is fine-tuned on a
-tenth of the labels or on all. The last epoch's top-1 on the test photos counts. OUT/results.json keeps it; a
-stop costs an epoch. Once OUT has the teacher (for T11 the assistant, too), other --seeds can run beside it.
+The teacher for CIFAR-10 is in assets/ (--teacher new trains one). In each row a student learns from
+it in one way and is fine-tuned on a tenth of the labels or on all. The last epoch's top-1 on the
+test photos counts. OUT/results.json keeps it; a stop costs an epoch. Other --seeds can run beside.
 """
 
 import argparse
@@ -16,7 +18,8 @@ import os
 import statistics
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 import torch
 
 import data
@@ -26,11 +29,16 @@ import shapes
 import targets
 import tinymim
 
-NETWORKS = {"teacher": (192, 6, 6), "assistant": (144, 5, 6), "student": (96, 4, 3)}  # width, depth, heads
-SMALLEST = {"teacher": (24, 6, 6), "assistant": (12, 5, 3), "student": (12, 4, 3)}
-# Table, row, how its student is pre-trained (options of targets.py, or a word), top-1 in the paper (ViT-B; in
-# T8 and T11 ViT-T). A table's first row is what the others are compared with. The teacher has 6 blocks: 3, 4,
-# 5 and 6 stand for the paper's 12, 15, 21 and 24 of 24.
+SHIPPED = os.path.join(ROOT, "assets", "cifar10_teacher.pth")
+NETWORKS = {  # width, depth, heads
+    "teacher": (192, 6, 6), "assistant": (144, 5, 6), "student": (96, 4, 3), "deep": (96, 12, 3)}
+SMALLEST = {
+    "teacher": (24, 6, 6), "assistant": (12, 5, 3), "student": (12, 4, 3), "deep": (12, 12, 3)}
+# Table, row, how its student is pre-trained (options of targets.py, or words), top-1 in the paper
+# (ViT-B; in Tables 8 and 11 ViT-T). A table's first row is what the others are compared with. The
+# teacher has 6 blocks: 3, 4, 5 and 6 stand for the paper's 12, 15, 21 and 24 of 24. Words: mae and
+# scratch train the student itself, deep is a student of 12 blocks, new-end starts fine-tuning from
+# a last block that is new after its q, k and v, as it is after relations.
 ROWS = (
     ("T8", "relation (qk vv)", "--relations qk vv", 75.8),
     ("T8", "relation (qq kk vv)", "", None),
@@ -66,23 +74,55 @@ ROWS = (
     ("T5", "class token, and MAE's loss", "--target cls --mae", 82.1),
     ("T11", "teacher → assistant → student", "--teacher assistant", 75.0),
     ("T11", "teacher → student", "", 74.4),
+    # Hypothesis 1: relations converge more slowly. MAE has 10/3 of the epochs, which take as long.
+    *(("length", f"{name}, {epochs} epochs", f"{spec} --epochs {epochs}", None)
+      for epochs in (1, 3, 10, 30)
+      for name, spec in (("relation (qk vv)", "--relations qk vv"), ("feature", "--target output"),
+                         ("MAE", "mae"))),
+    # Hypothesis 2: relations that say more about the photo teach better.
+    *(("content", f"{pairs}, block {block}",
+       f"--relations {pairs} --teacher-block {block} --epochs 3", None)
+      for pairs, block in (("vv", 5), ("qk", 5), ("qq kk", 5), ("qk vv", 5), ("qq kk vv", 5),
+                           ("vv", 3), ("vv", 4), ("vv", 6))),
+    # Hypothesis 3: of 12 blocks, relations leave a twelfth half trained; of 4 blocks, a quarter.
+    ("depth", "relation (qk vv), 12 blocks", "deep --relations qk vv --epochs 3", None),
+    ("depth", "relation (vv), 12 blocks", "deep --relations vv --epochs 3", None),
+    ("depth", "feature, 12 blocks", "deep --target output --epochs 3", None),
+    # Hypothesis 4: both from the same start of the last block, features from block 5.
+    ("end", "relation (qk vv)", "--relations qk vv --epochs 10 new-end", None),
+    ("end", "feature of block 5", "--target output --teacher-block 5 --epochs 10 new-end", None),
 )
-METHODS = {"relation": "", "logit": "--target logit", "feature": "--target output", "cls": "--target cls",
-           "mae": "mae", "scratch": "scratch", "teacher": "teacher"}  # the rows by which --tune tunes
+CURVE = ("length", "content", "depth", "end")
+METHODS = {  # the rows by which --tune tunes
+    "relation": "", "logit": "--target logit", "feature": "--target output", "cls": "--target cls",
+    "mae": "mae", "scratch": "scratch", "teacher": "teacher"}
 
 def method_of(spec):
     """Rows of one method share their learning rates."""
-    return next((name for name in ("mae", "scratch", "teacher", "cls", "logit") if name in spec.split()),
-                "feature" if "target" in spec else "relation")
+    for name in ("mae", "scratch", "teacher", "cls", "logit"):
+        if name in spec.split():
+            return name
+    return "feature" if "--target" in spec else "relation"
 
-def rates_to_try(method):
-    """Eight pairs for each method: --blr of pre-training, --blr of fine-tuning. For the teacher three."""
+def rates_to_try(method, found=None):
+    """Pairs of --blr of pre-training and --blr of fine-tuning: eight for each method, three for the
+    teacher. With their results, three: the best, and half and twice its rate of pre-training."""
     if method in ("scratch", "teacher"):
         rates = [(0, 1e-3 * 2**i) for i in (2, 1, 3, 0, 4, 5, 6, -1)]
         return rates[:3] if method == "teacher" else rates
     usual = 2e-3 if method == "mae" else 4e-3
     tries = [(1, 4e-3), (1, 8e-3), (1, 1.6e-2), (2, 1.6e-2), *((x, 8e-3) for x in (0.5, 2, 4, 8))]
-    return [(usual * factor, fine) for factor, fine in tries]
+    rates = [(usual * factor, fine) for factor, fine in tries]
+    if found is None:
+        return rates
+    pretraining, fine = best_rates(method, found, rates, "tune")
+    return [(pretraining * factor, fine) for factor in (1, 0.5, 2)]
+
+def best_rates(method, found, rates, tuned):
+    """Those with the best result named `tuned`/method/rates. The first, if none was tried."""
+    def top1(pair):
+        return data.top1(found.get(f"{tuned}/{method}/{pair[0]:g} {pair[1]:g}", 0))
+    return max(rates, key=top1)
 
 def sizes(args, network):
     numbers = (SMALLEST if args.smallest else NETWORKS)[network]
@@ -90,49 +130,81 @@ def sizes(args, network):
 
 def run(main, folder, *options):
     """main(options) of one of the scripts, continued if it was stopped. Returns its history."""
-    checkpoint = os.path.join(folder, "last.pth")
-    resume = ["--resume"] if os.path.exists(checkpoint) else []
-    main([*map(str, options), "--out", folder, *resume])
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)["history"]
+    main([*map(str, options), "--out", folder, "--resume"])
+    return tinymim.load_file(os.path.join(folder, "last.pth"))["history"]
 
 def pretrain(args, spec, folder, seed=0, blr=None, network="student"):
     """Pre-train as `spec` says, unless that is done. Returns the checkpoint."""
-    options = [*sizes(args, network), "--data", os.path.join(args.out, "data", "all"), "--batch-size",
-               args.batch_size, "--blr", blr, "--seed", seed, *args.machine,
-               "--decoder", *((12, 1, 2) if args.smallest else (96, 2, 3))]
-    if spec == "mae":
-        epochs = args.teacher_epochs if network == "teacher" else args.mae_epochs
-        run(mae.main, folder, *options, "--patch-size", 4, "--img-size", 32, "--epochs", epochs)
+    words = spec.split()
+    if "deep" in words:
+        network = "deep"
+    decoder = (12, 1, 2) if args.smallest else (96, 2, 3)
+    options = [*sizes(args, network), "--data", os.path.join(args.out, "data", "all"),
+               "--batch-size", args.batch_size, "--blr", blr, "--seed", seed, *args.machine,
+               "--decoder", *decoder]
+    epochs = args.distill_epochs
+    if "--epochs" in words:
+        epochs = 1 if args.smallest else int(words[words.index("--epochs") + 1])
+    if "mae" in words:
+        if network == "teacher":
+            epochs = args.teacher_epochs
+        elif "--epochs" in words:  # as long as that many of distillation
+            epochs = round(epochs * 10 / 3)
+        else:
+            epochs = args.mae_epochs
+        options += ["--patch-size", 4, "--img-size", 32, "--epochs", epochs]
+        run(mae.main, folder, *options)
     else:
-        teachers = {name: os.path.join(args.out, name, "last.pth") for name in ("teacher", "assistant")}
-        words = [teachers.get(word, word) for word in ("--teacher teacher " + spec).split()]
-        run(targets.main, folder, *options, *words, "--epochs", args.distill_epochs)
-    return os.path.join(folder, "last.pth")
+        assistant = os.path.join(args.out, "assistant", "last.pth")
+        teachers = {"teacher": args.teacher, "assistant": assistant}
+        words = [teachers.get(word, word) for word in ["--teacher", "teacher", *words]
+                 if word not in ("deep", "new-end")]
+        run(targets.main, folder, *options, *words, "--epochs", epochs)
+    checkpoint = os.path.join(folder, "last.pth")
+    return renew_end(checkpoint, seed) if "new-end" in spec.split() else checkpoint
+
+def renew_end(checkpoint, seed):
+    """A copy of the checkpoint in which what comes after the last block's q, k and v is new."""
+    tensors, found, config = tinymim.read_checkpoint(checkpoint)
+    torch.manual_seed(seed)
+    new = tinymim.ViT(**found).state_dict()
+    last = f"blocks.{found['depth'] - 1}."
+    behind = (f"{last}attn.proj", f"{last}norm2", f"{last}mlp", "norm.")
+    tensors |= {name: tensor for name, tensor in new.items() if name.startswith(behind)}
+    path = os.path.join(os.path.dirname(checkpoint), "new-end.pth")
+    torch.save({"model": tensors, "config": config}, path)
+    return path
 
 def accuracy(args, spec, seed, labels, rates):
-    """Top-1 of one row: pre-train, fine-tune on OUT/data/`labels`/train, test on OUT/data/`labels`/val."""
+    """Top-1 of one row: pre-train, fine-tune on OUT/data/`labels`/train, test on its val."""
     name = spec.replace("--", "").replace(" ", "-") or "relation"
     folder = os.path.join(args.out, f"{name}-seed{seed}-{rates[0]:g}{'-tune' * (labels == 'tune')}")
     photos, batch = os.path.join(args.out, "data", labels), args.batch_size // 2
-    epochs, options = args.all_epochs if labels == "all" else args.few_epochs, ["--layer-decay", 0.75]
+    epochs = args.all_epochs if labels == "all" else args.few_epochs
+    options = ["--layer-decay", 0.75]
     if spec == "scratch":  # as many updates as the row of MAE has in all
         in_epoch = len(tinymim.find_images(os.path.join(photos, "train"))) // batch
         epochs += math.ceil(args.mae_epochs * (args.images // args.batch_size) / in_epoch)
         checkpoint = "none"
         options = [*sizes(args, "student"), "--patch-size", 4, "--img-size", 32, "--layer-decay", 1]
     elif spec == "teacher":
-        checkpoint = os.path.join(args.out, "teacher", "last.pth")
+        checkpoint = args.teacher
     else:
         checkpoint = pretrain(args, spec, os.path.join(folder, "pretrain"), seed, rates[0])
     options += ["--drop-path", 0, "--augment", "crop", "--crop-scale", 0.5, "--eval-every", epochs]
-    return run(finetune.main, os.path.join(folder, f"{labels}-{rates[1]:g}"), "--checkpoint", checkpoint,
-               "--data", photos, "--epochs", epochs, "--batch-size", batch, "--blr", rates[1], "--seed",
-               seed, *options, *args.machine)[-1]["top1"]
+    history = run(finetune.main, os.path.join(folder, f"{labels}-{rates[1]:g}"),
+                  "--checkpoint", checkpoint, "--data", photos, "--epochs", epochs,
+                  "--batch-size", batch, "--blr", rates[1], "--seed", seed, *options, *args.machine)
+    return history[-1]["top1"]
 
 def print_tables(results, tables):
-    """Markdown: mean ± deviation over the seeds (and in parentheses the difference to the first row)."""
+    """Markdown: mean ± deviation over the seeds (in parentheses, the difference to row 1)."""
     names = {"few": "a tenth of the labels", "all": "all labels"}
-    names = {labels: name for labels, name in names.items() if any(key.startswith(labels) for key in results)}
+    names = {labels: name for labels, name in names.items()
+             if any(key.startswith(labels) for key in results)}
+    if not names:
+        print("There are no results yet.")
+        return
     for table in tables:
         rows = [(row, [paper] if paper else [], *(data.of_seeds(results, x, spec) for x in names))
                 for name, row, spec, paper in ROWS if name == table]
@@ -148,53 +220,131 @@ def print_tables(results, tables):
                 cells += (text,)
             print(f"| {' | '.join(cells)} |")
 
+@torch.no_grad()
+def content(teacher, photos):
+    """How much of a relation's variance the photo explains: {(block, pair): share}.
+
+    1 - variance of the mean map / variance over photos, for each row; the mean over rows and heads.
+    0: the relation is the same in each photo: it says where a patch is. 1: it has no constant part.
+    photos: uint8 (P, 3, H, W). A row's mean is 1 / N in any photo, as it is a distribution.
+    """
+    shares = {}
+    for block in range(1, teacher.depth + 1):
+        for a, b in ("qq", "kk", "vv", "qk"):
+            total, squares = 0, 0
+            for batch in photos.split(50):
+                qkv = dict(zip("qkv", teacher.qkv_at(tinymim.normalize(batch / 255), block)))
+                relation = tinymim.log_relation(qkv[a], qkv[b], teacher.heads).exp().double()
+                total = total + relation.sum(0)  # (h, N, N)
+                squares = squares + relation.square().sum((0, 3))  # (h, N)
+            N = total.shape[2]
+            of_mean = (total / len(photos)).square().mean(2) - 1 / N**2
+            of_all = squares / (len(photos) * N) - 1 / N**2
+            shares[block, a + b] = (1 - of_mean / of_all).mean().item()
+    return shares
+
+def print_content(args, path):
+    """A table of content() for the teacher and, to compare, for a network that was not trained."""
+    folder = os.path.join(args.out, "data", "all", "val")
+    paths = tinymim.find_images(folder)
+    chosen = paths[::max(1, len(paths) // 1000)][:1000]
+    photos = torch.stack([tinymim.decode(os.fsdecode(name)) for name in chosen])
+    teacher = tinymim.load_teacher(args.teacher)
+    torch.manual_seed(0)
+    random = tinymim.ViT(teacher.dim, teacher.depth, teacher.heads, teacher.config["patch_size"],
+                         teacher.img_size)
+    print(f"\nHow much of a relation's variance the photo explains (%), {len(photos)} test photos")
+    for name, vit in (("teacher", teacher), ("random", random)):
+        shares = content(vit.eval(), photos)
+        print(f"\n| {name}: block | q-q | k-k | v-v | q-k |\n|---|---|---|---|---|")
+        for block in range(1, vit.depth + 1):
+            row = [shares[block, pair] for pair in ("qq", "kk", "vv", "qk")]
+            print(f"| {block} | {' | '.join(f'{100 * share:.0f}' for share in row)} |")
+            for pair, share in zip(("qq", "kk", "vv", "qk"), row):
+                data.results(path, f"content/{name}/{block} {pair}", share)
+
 def study(args):
     path = os.path.join(args.out, "results.json")
     if args.print:
         return print_tables(data.results(path), args.tables)
     if args.smallest:
         args.data, args.batch_size, args.seeds = os.path.join(args.out, "shapes"), 16, [0]
-        args.teacher_epochs = args.mae_epochs = args.distill_epochs = args.few_epochs = args.all_epochs = 1
+        args.teacher_epochs = args.mae_epochs = args.distill_epochs = 1
+        args.few_epochs = args.all_epochs = 1
         shapes.write(os.path.join(args.data, "train"), 160, seed=1, size=32)
         shapes.write(os.path.join(args.data, "val"), 20, seed=2, size=32)
-    args.images = data.link_splits(data.cifar10() if args.data == "cifar10" else args.data, args.out)
+    root = data.cifar10() if args.data == "cifar10" else args.data
+    args.images = data.link_splits(root, args.out)
     tinymim.decode = functools.cache(tinymim.decode)  # small photos fit in memory: decode them once
-    args.machine = ["--workers", 0, *([] if torch.cuda.is_available() else data.set_up_cpu())]
+    if torch.cuda.is_available():  # networks as small wait for their workers, and for compilation
+        args.machine = ["--workers", os.cpu_count() - 1, "--no-compile"]
+        args.batch_size *= args.gpu_batches
+    else:
+        args.machine = ["--workers", 0, *data.set_up_cpu()]
+    if args.teacher == "new":
+        folder = os.path.join(args.out, "teacher")
+        args.teacher = pretrain(args, "mae", folder, blr=1.5e-3, network="teacher")
+    if args.content:
+        return print_content(args, path)
 
-    pretrain(args, "mae", os.path.join(args.out, "teacher"), blr=1.5e-3, network="teacher")
-    specs = [row[2] for row in ROWS if row[0] in args.tables]
+    specs = list(dict.fromkeys(row[2] for row in ROWS if row[0] in args.tables))
+    tuned = "tune" if args.tune_epochs == 1 else f"tune{args.tune_epochs}"
     if args.tune is not None:  # with shorter runs
-        args.mae_epochs, args.distill_epochs, args.few_epochs, args.seeds = 3, 1, 10, [0]
+        args.mae_epochs = round(args.tune_epochs * 10 / 3)
+        args.distill_epochs, args.few_epochs, args.seeds = args.tune_epochs, 10, [0]
         args.labels, args.tables = ["tune"], []
         specs = [METHODS[name] for name in args.tune or dict.fromkeys(map(method_of, specs))]
     for labels in args.labels:
         for seed, spec in [(seed, spec) for seed in args.seeds for spec in specs]:
             method, found = method_of(spec), data.results(path)
-            names = {rates: f"tune/{method}/{rates[0]:g} {rates[1]:g}" for rates in rates_to_try(method)}
-            best = max(names, key=lambda rates: found.get(names[rates], 0))  # untuned: the first
-            for rates in names if labels == "tune" else [best]:
+            longer = labels == "tune" and args.tune_epochs > 1
+            rates = rates_to_try(method, found if longer else None)
+            if labels != "tune":
+                rates = [best_rates(method, found, rates, "tune")]
+            for pair in rates:
                 if "assistant" in spec:
-                    pretrain(args, "", os.path.join(args.out, "assistant"), 0, rates[0], "assistant")
-                key = names[rates] if labels == "tune" else f"{labels}/{spec}/{seed}"
+                    pretrain(args, "", os.path.join(args.out, "assistant"), 0, pair[0], "assistant")
+                key = f"{labels}/{spec}/{seed}"
+                if labels == "tune":
+                    key = f"{tuned}/{method}/{pair[0]:g} {pair[1]:g}"
                 if key not in data.results(path):
-                    data.results(path, key, accuracy(args, spec, seed, labels, rates))
+                    top1 = accuracy(args, spec, seed, labels, pair)
+                    protocol = {name: value for name, value in vars(args).items()
+                                if name.endswith("_epochs") or name == "batch_size"}
+                    protocol |= dict(blr=pair, teacher=os.path.basename(args.teacher),
+                                     device="gpu" if torch.cuda.is_available() else "cpu")
+                    data.results(path, key, dict(top1=top1, **protocol))
     print_tables(data.results(path), args.tables)
+    if args.smallest:
+        print("\nA smoke test: with networks and data as small these numbers say nothing.")
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("study.py", description="The paper's tables at small scale.")
-    add, tables = parser.add_argument, list(dict.fromkeys(row[0] for row in ROWS))
-    add("--data", default="cifar10", help="or a folder with train/ and test/ or val/ (default: cifar10)")
+    parser = argparse.ArgumentParser("extras/study.py", description=__doc__.split("\n")[0])
+    add, count = parser.add_argument, tinymim.COUNT
+    tables = list(dict.fromkeys(row[0] for row in ROWS))
+    add("--data", default="cifar10", help="or a folder with train/ and test/ or val/")
     add("--out", default="runs/study", help="folder for everything (default: runs/study)")
-    add("--tables", nargs="+", choices=tables, default=tables, help="default: all")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of student and fine-tuning (default: 0 1 2)")
-    add("--labels", nargs="+", choices=("few", "all"), default=["few", "all"], help="a tenth of them, or all")
-    add("--tune", nargs="*", choices=METHODS, help="try learning rates, of these or of --tables's methods")
+    add("--teacher", help="a checkpoint, or new (default: assets/cifar10_teacher.pth for cifar10)")
+    add("--tables", nargs="+", choices=tables, help="default: those of the paper")
+    add("--curve", action="store_true", help=f"the tables {', '.join(CURVE)}")
+    add("--content", action="store_true", help="print how much of the relations the photo explains")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of student and fine-tuning")
+    add("--labels", nargs="+", choices=("few", "all"), default=["few", "all"], help="a tenth, all")
+    add("--tune", nargs="*", choices=METHODS, help="try rates, of these or of --tables's methods")
+    add("--tune-epochs", type=count, default=1, help="of distillation; more than 1: three rates")
     add("--print", action="store_true", help="only print the tables of OUT/results.json")
-    add("--smallest", action="store_true", help="try every row with tiny networks on a few drawn shapes")
+    add("--smallest", action="store_true", help="try every row with tiny networks on drawn shapes")
     for name, epochs in (("teacher", 60), ("mae", 10), ("distill", 3), ("few", 20), ("all", 5)):
-        add(f"--{name}-epochs", type=int, default=epochs, help=f"default: {epochs}")
-    add("--batch-size", type=int, default=128, help="of pre-training; half in fine-tuning (default: 128)")
-    tinymim.run(parser, parser.parse_args(argv), study)
+        add(f"--{name}-epochs", type=count, default=epochs, help=f"default: {epochs}")
+    add("--batch-size", type=count, default=128, help="of pre-training; half in fine-tuning")
+    add("--gpu-batches", type=count, default=4, help="times --batch-size on a GPU (default: 4)")
+    args = parser.parse_args(argv)
+    if args.tables is None:
+        args.tables = [name for name in tables if (name in CURVE) == args.curve or args.smallest]
+    if args.teacher is None:
+        shipped = args.data == "cifar10" and not args.smallest
+        args.teacher = SHIPPED if shipped else "new"
+    tinymim.run(parser, study, args)
 
 if __name__ == "__main__":
     main()
