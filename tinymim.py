@@ -1,8 +1,8 @@
 """TinyMIM in one file: distil a small Vision Transformer from a large one that MAE pre-trained.
 
     python tinymim.py --student tiny --teacher mae_base --data /path/to/imagenet
-    torchrun --nproc-per-node 8 tinymim.py --student base --teacher mae_large --data ...
-    torchrun --nproc-per-node 8 tinymim.py --student small --teacher runs/base/last.pth --data ...
+    torchrun --nproc-per-node 8 tinymim.py --student base --teacher mae_large --batch-size 512
+    torchrun --nproc-per-node 8 tinymim.py --student small --teacher runs/base/last.pth
 
 Paper: Ren, Wei, Zhang, Hu. TinyMIM: An Empirical Study of Distilling MIM Pre-Trained Models.
 CVPR 2023, https://arxiv.org/abs/2301.01296. One step of training is the method, in short:
@@ -20,8 +20,8 @@ any widths (here a head is 64 wide in the teacher, 16 in the student): no projec
 loss compares q-q, k-k and v-v relations by default; the paper's published results are of q-k and
 v-v. Nothing is masked: masking was how the teacher was pre-trained.
 
-Part I is the method: train > fit > two_views, TinyMIM.forward > relation_loss. Part II is the rest
-of a program, which you can skip: checkpoints, image files, the command line.
+Part I is the method: train > fit > two_views, TinyMIM.forward > qkv_at, relation_loss. Part II is
+for reference: checkpoints, the data set that makes the crops, the command line.
 """
 
 import argparse
@@ -55,12 +55,12 @@ def log_relation(a, b, relation_heads):
     """log softmax(a bᵀ / sqrt(D/h)): how each token's `a` relates to every token's `b`.
 
     a, b: queries, keys or values of one block, (B, N, D), to be split into h = relation_heads. The
-    class token takes part like any patch. Returns (B, h, N, N), a distribution in each row.
+    class token takes part like any patch. Returns (B, h, N, N); exp() of a row is a distribution.
     """
     if a.ndim != 3 or a.shape[2] % relation_heads:
         raise ValueError(f"{tuple(a.shape)} is not (B, N, D), D divisible by {relation_heads}")
     with torch.autocast(a.device.type, enabled=False):
-        # At least float32 (or TF32): the logits can overflow fp16, and are coarse in bf16. And
+        # Not in half precision: the logits can overflow fp16, and are coarse in bf16. And
         # log_softmax, not softmax().log(), which gives -inf where a probability underflows to 0.
         dtype = torch.promote_types(a.dtype, torch.float32)
         a = a.to(dtype).unflatten(2, (relation_heads, -1)).transpose(1, 2)  # (B, h, N, D/h)
@@ -146,8 +146,8 @@ class ViT(nn.Module):
     """Vision Transformer with a class token and fixed sin-cos position embeddings, as in MAE.
 
     dim: the width, D in formulas. An image becomes N tokens: the class token and one for each
-    patch. drop_path: one rate for all blocks, as the authors distil, or a list. relation_heads is
-    only recorded: the h of its own distillation, if any. Parameters have MAE's and timm's names.
+    patch. drop_path: one rate for all blocks (the authors' distillation) or a list. relation_heads:
+    the h that this ViT was distilled with, if it was. Parameters have MAE's and timm's names.
     """
     def __init__(self, dim, depth, heads, patch_size=16, img_size=224, drop_path=0.0,
                  relation_heads=None):
@@ -183,7 +183,7 @@ class ViT(nn.Module):
         """q, k, v of block number `block`, from 1: (B, N, dim) each. Later layers do not run."""
         x = self.blocks[:block - 1](self.embed(images))  # all blocks before it
         chosen = self.blocks[block - 1]
-        # The output has the heads side by side. The loss cuts it anew, into relation heads.
+        # Attention heads are side by side here; the loss splits the width into relation heads.
         return chosen.attn.qkv(chosen.norm1(x)).chunk(3, -1)
 
     def forward(self, images):
@@ -196,11 +196,11 @@ class TinyMIM(nn.Module):
     """The objective: two views of a batch in, {pair: loss} out.
 
     teacher_block: which block teaches, from 1. Default: the last if both networks are equally deep,
-        else the one at 3/4 of the teacher's depth, 18 of ViT-L's 24. Table 10, ImageNet % / mIoU:
-        block 18 84.6 / 52.2 (the authors' choice), 21 84.8 / 50.6, 24 84.4 / 50.0.
-    relation_heads: h. Default: the teacher's attention heads or, if it was distilled, its own h.
-    pairs: default qq kk vv, as in MiniLMv2: q, k and v have a target each (84.5% in Table 7). The
-        paper's published results are of qk vv (84.6%).
+        else 3/4 of the way up. Of ViT-L's 24 blocks that is 18, the authors' choice: it gives the
+        best mIoU (52.2), though block 21 has better accuracy (84.8% against 84.6%; Table 10).
+    relation_heads: h. Default: the teacher's attention heads, or the h of its own distillation.
+    pairs: qk vv gives the paper's results (84.6%, Table 7). The default here is qq kk vv (84.5%):
+        q, k and v have a target each, as in MiniLMv2.
     """
     def __init__(self, student, teacher, teacher_block=None, relation_heads=None,
                  pairs=("qq", "kk", "vv")):
@@ -224,8 +224,8 @@ class TinyMIM(nn.Module):
     def forward(self, student_images, teacher_images):  # (B, 3, H, W) each
         with torch.no_grad():
             teacher_qkv = self.teacher.qkv_at(teacher_images, self.teacher_block)
-        # The student's last block, so that all its blocks learn. What comes after the q, k and v of
-        # that block gets no gradient, and enters fine-tuning untrained.
+        # The student's last block, so that all blocks below it learn too. What comes after the q, k
+        # and v of that block gets no gradient, and enters fine-tuning untrained.
         student_qkv = self.student.qkv_at(student_images, self.student.depth)
         return relation_loss(student_qkv, teacher_qkv, self.relation_heads, self.pairs)
 
@@ -241,8 +241,8 @@ def crop_and_flip(size):  # in the data loader: one crop for both networks
 def color_jitter(images, order, factors):
     """torchvision's ColorJitter, without hue, for a batch at once: images (B, 3, H, W) in [0, 1].
 
-    order (B, 3): what changes first, second and third: brightness (0), contrast (1), saturation
-    (2). factors (B, 3): how much; 1 is not at all.
+    order (B, 3): a permutation of brightness (0), contrast (1), saturation (2) for each image.
+    factors (B, 3): the strength of the first, second, third step; 1 changes nothing.
     """
     for step in range(3):
         change = order[:, step, None, None, None]  # (B, 1, 1, 1)
@@ -260,21 +260,21 @@ def normalize(images):
 def two_views(crops):
     """uint8 crops (B, 3, H, W) to the student's view and the teacher's, float (B, 3, H, W) each.
 
-    As in the authors' code only the student's colours change: it must predict the relations in the
-    true ones. Jittering on the GPU lets a worker send one uint8 crop, an eighth of two float views.
+    As in the authors' code only the student's view is jittered; the target comes from true colours.
+    Jittering on the GPU lets workers send one uint8 crop, 1/8 the bytes of two float32 views.
     """
     images = crops / 255
     order = torch.rand(len(images), 3, device=images.device).argsort(dim=1)  # permutations
-    factors = 0.6 + 0.8 * torch.rand_like(images[:, :, 0, 0])  # (B, 3), from 0.6 to 1.4
+    factors = 0.6 + 0.8 * torch.rand(len(images), 3, device=images.device)  # one for each step
     return normalize(color_jitter(images, order, factors)), normalize(images)
 
 # ---- 5. Training --------------------------------------------------------------------------------
 
-RECIPE = dict(  # the authors'; all but min_lr are options
+RECIPE = dict(  # the authors', if an update has 4096 images: batch_size * accum * processes
     epochs=300,
     warmup_epochs=None,  # None: a 20th of the epochs
     batch_size=256,  # images per process and step
-    accum=1,  # steps whose gradients make one update; the authors' updates have 4096 images
+    accum=1,  # steps whose gradients make one update
     blr=1.5e-4,  # peak learning rate for 256 images per update
     min_lr=0.0,
     weight_decay=0.05,
@@ -289,7 +289,7 @@ def learning_rate(epoch, peak, warmup_epochs, epochs, floor=0.0):
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 def make_optimizer(objective, args):
-    """AdamW; train_epoch sets its rate. Biases and norms do not decay (the class token does)."""
+    """AdamW; fit sets its rate. Biases and norms do not decay (the class token does, as in MAE)."""
     learnt = [p for p in objective.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learnt if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0}]
@@ -315,8 +315,8 @@ def train(args, build_objective=build):
 
 def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
         schedule=learning_rate):
-    """The training loop. Here objective is TinyMIM and prepare is two_views; finetune.py and others
-    pass their own, and an evaluate(epoch) whose results join the log."""
+    """The training loop. To learn TinyMIM, read objective as TinyMIM and prepare as two_views;
+    evaluate, schedule and lr_scale serve finetune.py and extras/."""
     loader = make_loader(dataset, args)  # of [crops], uint8 (B, 3, H, W)
     updates = len(loader) // args.accum  # per epoch
     peak = args.blr * args.images_per_update / 256  # the linear scaling rule
@@ -325,17 +325,17 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
     print_run(args, objective, dataset)
     objective.compile(disable=not args.compile)  # in place: its state_dict keeps its names
     model = objective
-    if WORLD > 1:  # distillation leaves unused what comes after the student's last q, k and v
+    if WORLD > 1:  # in distillation, parameters after the student's last q, k, v get no gradient
         model = nn.parallel.DistributedDataParallel(
             objective, find_unused_parameters=hasattr(objective, "teacher"))
 
     for epoch in range(len(history), args.epochs):
-        # Seed each epoch, so that a resumed run repeats it. After iter(), which itself draws from
-        # the generator. (hash() of a tuple of integers is the same in every process.)
+        # Seed each epoch, so that a resumed run repeats it; after iter(loader), which draws from
+        # the generator too. (hash() of integers is the same in every process.)
         loader.sampler.set_epoch(epoch)
         batches = iter(loader)
         torch.manual_seed(hash((args.seed, epoch, RANK)))
-        model.train()  # the student's drop path; the teacher's is 0, so nothing changes in it
+        model.train()  # for drop path; the teacher has none, so train() does not change it
         totals, began = {}, time.perf_counter()
 
         bar = progress_bar(updates, epoch, args)
@@ -343,12 +343,12 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
             lr = schedule(epoch + update / updates, peak, args.warmup_epochs, args.epochs,
                           args.min_lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)  # lr_scale: finetune.py's layer decay
+                group["lr"] = lr * group.get("lr_scale", 1.0)
 
             # The gradients of `accum` batches add up to one update.
             for _ in range(args.accum):
                 batch = [tensor.to(args.device, non_blocking=True) for tensor in next(batches)]
-                inputs = prepare(*batch)  # two_views(crops): student_images, teacher_images
+                inputs = prepare(*batch)  # student_images, teacher_images = two_views(crops)
                 with torch.autocast(args.device, DTYPES[args.amp], enabled=args.amp != "off"):
                     losses = model(*inputs)  # TinyMIM.forward: {"qq": scalar, ...}
                 loss = sum(losses.values())
@@ -437,10 +437,10 @@ def read_checkpoint(source, heads=None):
         dim, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
         img_size = patch_size * math.isqrt(tensors["pos_embed"].shape[1] - 1)
         depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+        heads = heads or config.get("heads")
     except (AttributeError, KeyError, ValueError, IndexError) as error:
         raise UserError(f"{source} has no ViT with timm's names, such as patch_embed.proj.weight: "
                         f"timm.create_model(NAME) may have the same ({error!r})") from error
-    heads = heads or config.get("heads")
     if heads is None:
         heads = 16 if dim == 1280 else max(1, dim // 64)  # timm's
         if RANK == 0:
@@ -640,7 +640,7 @@ def print_run(args, objective, dataset):
 def print_unused(objective):
     names = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     if names and RANK == 0:
-        print("no loss reaches " + ", ".join(name.removesuffix(".weight") for name in names))
+        print("no loss reaches", *dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
 def progress_bar(updates, epoch, args):
     return tqdm(range(updates), f"epoch {epoch + 1}/{args.epochs}", leave=False, unit=" images",
@@ -690,8 +690,8 @@ def make_parser(prog, doc, recipe, teacher=False):
         add("--relation-heads", type=COUNT, help="default: the teacher's")
     return parser
 
-def run(parser, function, args, *more):  # mistakes of a user end it in one line
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: at once, the files are whole
+def run(parser, function, args, *more):  # a user's mistake ends in one line, without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C, at once
     try:
         function(args, *more)
         if WORLD > 1:

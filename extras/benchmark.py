@@ -1,260 +1,260 @@
-"""How fast this machine distils, where the time goes, and how much of what the machine can do that is.
+"""How fast this machine distils and fine-tunes, where the time goes, and what ImageNet would cost.
 
     python extras/benchmark.py --data /path/to/images
-    python extras/benchmark.py --data /path/to/images --student small --teacher mae_large --json > speed.json
+    python extras/benchmark.py --student base --teacher mae_large --json > speed.json
+    python extras/benchmark.py --data /path/to/imagenet --variants compiled finetune
 
-Compares tinymim.py with the usual way to write the same training: Pillow decodes, crops and jitters image by
-image, attention and relations are as their formulas say, in fp16 on a GPU (where the gradient scaler waits
-for it in every step), in float32 on the CPU. The teacher has random weights, which take as long.
+Variants: "usual" is distilling as one would write it, in fp16 on a GPU (where the gradient scaler
+waits for it in every step), in float32 on the CPU. "eager" and "compiled" are tinymim.py,
+"checkpoint", "matmul" and "both" changes to it (see variants.py). "finetune" is finetune.py, by its
+recipe; --data must hold what it needs. Networks have random weights, which take as long.
 
-1. Training step, with compilation (on the CPU also bf16) on and off: its parts, peak memory, and its share of
-   the rate of a large matrix product (counting the products and convolutions of the formulas).
-2. End to end: epochs of tinymim.fit, and the share of them that it waits for data, from the first batch on.
-3. Input pipeline: images/s of one worker and of all.
+Of each, a step is measured, on a batch that is there: its time and peak memory. --measure adds:
+    parts     of a step of distilling, and the share of a large matrix product's rate that it has
+              (counting the products and convolutions of the formulas)
+    training  images/s from files to updates, at a steady rate, and hours for ImageNet at that rate
+    pipeline  images/s of the workers alone: in the long run, training cannot exceed them
 """
 
 import argparse
-import contextlib
+import itertools
 import json
 import os
+import platform
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from statistics import median
-from timeit import default_timer as clock, repeat
+from timeit import default_timer as clock
+from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
-from torch.utils.data import DataLoader
+from torch.utils.data import Subset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import InterpolationMode, v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tinymim
-from tinymim import DTYPES, ImageDataset, ViT
+import variants
+from tinymim import COUNT, DTYPES, UserError
 
-# Name: (dim, depth, heads, patch size).
-TEACHERS = {"mae_base": (768, 12, 12, 16), "mae_large": (1024, 24, 16, 16), "mae_huge": (1280, 32, 16, 14)}
+VARIANTS = ("usual", "eager", "compiled", "checkpoint", "matmul", "both", "finetune")
+IMAGENET = 1_281_167  # images
 
-# ---- 1. The usual way --------------------------------------------------------------------------------------
+# ---- 1. The clock --------------------------------------------------------------------------------
 
-class UsualDataset(ImageDataset):
-    """The student's and the teacher's view of an image, float (3, H, W) each, made by Pillow."""
-    jitter = v2.ColorJitter(0.4, 0.4, 0.4)
-    finish = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), tinymim.normalize])
+WARM_UP = 3  # steps that are not timed: compilation, the choice of kernels
+AHEAD = 2  # batches that each worker makes before anybody asks for them: DataLoader's default
 
-    def __getitem__(self, key):
-        with Image.open(os.fsdecode(self.paths[key % len(self)])) as image:
-            crop = self.transform(image.convert("RGB"))
-        return self.finish(self.jitter(crop)), self.finish(crop)
+def fewest_steps(workers):
+    """Several times the batches made ahead. It smooths how unevenly workers deliver."""
+    return max(8, 4 * AHEAD * workers)
 
-def usual_attention(q, k, v):  # (B, heads, N, dim/heads) each
-    return (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1) @ v
+class SteadyLoader:
+    """Batches for tinymim.fit, and the rate at which it takes `steps` of them.
 
-def usual_relation(a, b, relation_heads):  # (B, N, D) each
-    a, b = (x.unflatten(2, (relation_heads, -1)).transpose(1, 2) for x in (a, b))
-    return (a @ b.transpose(2, 3) / a.shape[-1] ** 0.5).softmax(dim=-1).log()
+    During the first steps, workers get ahead: up to `ready` batches then lie there. To count them
+    would show a rate that no long training has. So they are thrown away before the clock starts,
+    and the workers have more to make when it stops.
+    """
+    def __init__(self, batches, steps, args, ready=0):
+        self.batches, self.steps, self.args, self.ready = batches, steps, args, ready
+        self.sampler = self  # fit calls its set_epoch
 
-# ---- 2. What is measured. args: all options, and of one way to train `usual`, `amp` and `compile`. ---------
+    def set_epoch(self, epoch):
+        pass
 
-def make_dataset(args, paths, usual):
-    crop = v2.RandomResizedCrop(args.img_size, (0.2, 1), interpolation=InterpolationMode.BICUBIC)
-    return (UsualDataset if usual else ImageDataset)(paths, v2.Compose([crop, v2.RandomHorizontalFlip()]))
+    def __len__(self):
+        return WARM_UP + self.steps + 1
 
-class Training:
-    def __init__(self, args):
-        self.args, self.objective = args, tinymim.build(args).to(args.device)
-        self.optimizer = torch.optim.AdamW(tinymim.parameter_groups(self.objective, 0.05), lr=1e-6,
-                                           fused=args.device == "cuda" and not args.usual)
-        self.scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
-        self.autocast = lambda: torch.autocast(args.device, DTYPES[args.amp], enabled=args.amp != "off")
-        crops = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size)).byte().to(args.device)
-        self.prepare, self.batch = tinymim.two_views, [crops]
-        if args.usual:  # the workers make the views
-            self.prepare, self.batch = lambda *views: views, tinymim.two_views(crops)
-        if args.compile:
-            self.prepare = torch.compile(self.prepare)
-            self.objective.compile()
-
-    def step(self):  # what tinymim.fit does with a batch
-        views = self.prepare(*self.batch)
-        with self.autocast():
-            losses = self.objective(*views)
-        self.scaler.scale(sum(losses.values())).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-
-    def parts(self):
-        """{name: function} of the step and of its parts, each by itself."""
-        objective, depth = self.objective, self.objective.student.depth
-        functions = objective.teacher.qkv, objective.student.qkv, tinymim.relation_loss
-        teacher_qkv, student_qkv, loss = map(torch.compile, functions) if self.args.compile else functions
-        student_images, teacher_images = self.prepare(*self.batch)
-
-        def teacher():
-            with torch.no_grad(), self.autocast():
-                return teacher_qkv(teacher_images, objective.teacher_block)
-
-        def student():  # leaves gradients for the optimiser, small ones: fp16 must not overflow
-            self.optimizer.zero_grad()
-            with self.autocast():
-                qkv = student_qkv(student_images, depth)
-            torch.autograd.backward(qkv, [x.detach() / 1000 for x in qkv])
-            return qkv
-
-        target, predicted = teacher(), [x.detach().requires_grad_() for x in student()]
-
-        def relations():
-            with self.autocast():
-                losses = loss(predicted, target, objective.relation_heads, objective.pairs)
-            torch.autograd.grad(sum(losses.values()), predicted)
-
-        return {"views": lambda: self.prepare(*self.batch), "teacher": teacher, "student": student,
-                "relation loss": relations, "optimiser": self.optimizer.step, "step": self.step}
-
-    def end_to_end(self, paths):
-        """Table row: medians over the epochs of tinymim.fit but the first."""
-        args, epochs, tinymim.DataLoader = self.args, [], Watched
-        dataset = make_dataset(args, np.resize(paths, args.steps * args.batch_size), args.usual)
-        with tempfile.TemporaryDirectory() as args.out:
-            tinymim.fit(self.objective, self.objective.student, dataset, self.prepare, self.optimizer, args,
-                        after_epoch=lambda _: epochs.append((clock() - Watched.began, Watched.waited)))
-        rates = [(len(dataset) - args.batch_size) / seconds for seconds, _ in epochs[1:]]
-        shares = [100 * waited / seconds for seconds, waited in epochs[1:]]
-        return {"variant": args.variant, "images/s": median(rates), "waiting for data, %": median(shares)}
-
-class Watched(DataLoader):
-    """Notes when an epoch's first batch was there, and for how many seconds one waited for the others."""
     def __iter__(self):
-        batches = super().__iter__()
-        yield next(batches)
-        Watched.began, Watched.waited = clock(), 0.0
-        for _ in range(len(self) - 1):
+        batches, waited, on_gpu = iter(self.batches), 0.0, self.args.device == "cuda"
+        finish = torch.cuda.synchronize if on_gpu else lambda: None
+        for _ in range(WARM_UP):
+            yield next(batches)
+        for _ in range(2 * self.ready):  # twice: workers go on while the first are thrown away
+            next(batches)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        finish()
+        began = clock()
+        for _ in range(self.steps):
             asked = clock()
             batch = next(batches)
-            Watched.waited += clock() - asked
+            waited += clock() - asked
             yield batch
+        finish()
+        seconds = clock() - began  # fit asks for another batch: all steps are done
+        self.rate = self.steps * self.args.batch_size / seconds  # images/s
+        self.waiting = 100 * waited / seconds  # % of the time
+        self.batches = None  # the workers end with the epoch
+        yield batch
 
-def measure_seconds(functions, args):
-    """{name: function} to {name: seconds of a call}, medians of --repeats rounds. Each warms up first."""
-    threads = torch.get_num_threads()
-    timers = {name: Timer("f()", globals={"f": f}, num_threads=threads) for name, f in functions.items()}
-    rounds = [{name: timer.blocked_autorange().median for name, timer in timers.items()}
-              for _ in range(args.repeats)]
-    return {name: median(times[name] for times in rounds) for name in functions}
+def load_files(dataset, args, workers, steps):
+    """A SteadyLoader with the workers of tinymim.fit. Images are repeated as often as needed."""
+    ready = AHEAD * workers
+    batches = WARM_UP + 2 * ready + steps + ready
+    keys = np.random.RandomState(0).randint(2**31, size=batches * args.batch_size)
+    args = argparse.Namespace(**vars(args) | {"workers": workers})
+    return SteadyLoader(tinymim.make_loader(Subset(dataset, keys), args), steps, args, ready)
 
-def measure_training(args, paths):
-    """In a process of its own: table rows of the step and end to end, {name: rate} of the ceilings, and
-    {part: GFLOP per image}, args.work if that is known."""
-    sys.stdout = sys.stderr  # fit prints
-    torch.multiprocessing.set_start_method(None, force=True)  # workers start as in a run
-    tinymim.setup(args)
-    if args.teacher in TEACHERS:  # with random weights
-        tinymim.load_teacher = lambda name, img_size, *_, **__: ViT(*TEACHERS[name], img_size)
-    if args.usual:
-        tinymim.F.scaled_dot_product_attention, tinymim.relation = usual_attention, usual_relation
-    training, on_gpu, work = Training(args), args.device == "cuda", args.work
-    for step in range(6):
-        if step == 3 and on_gpu:
-            torch.cuda.reset_peak_memory_stats()  # of compiling and tuning
-        training.step()
-    if on_gpu:
-        kib = torch.cuda.max_memory_allocated() / 1024
-    else:
-        import resource  # not on Windows
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+# ---- 2. Measurements, in a process for each variant ----------------------------------------------
 
-    parts = training.parts()
-    for part in () if work else ("teacher", "student", "relation loss", "step"):
-        with FlopCounterMode(display=False) as counter:
-            parts[part]()
-        work = work | {part: counter.get_total_flops() / args.batch_size / 1e9}
+fit = tinymim.fit  # measure() takes its place
 
-    n, size = (8192, 2**30) if on_gpu else (2048, 2**28)
-    a, b = torch.randn(2, n, n, device=args.device).to(DTYPES[args.amp] or torch.float32)
-    source, target = torch.zeros(2, size, dtype=torch.uint8, device=args.device)
-    ceilings = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    seconds = measure_seconds(parts | ceilings, args)
-    rate = 2 * n**3 / 1e9 / seconds["product"]  # GFLOP/s
-    step = {"variant": args.variant} | {f"{part}, ms": 1000 * seconds[part] for part in parts}
-    for part in ("teacher", "step"):
-        step[f"{part}, % of ceiling"] = 100 * work[part] * args.batch_size / seconds[part] / rate
-    step |= {"images/s": args.batch_size / seconds["step"], "peak memory, GiB": kib / 2**20}
-    ceilings = {f"product in {args.variant.split(', ')[1]}, TFLOP/s": rate / 1000,
-                "copy, read and written, GB/s": 2 * size / 1e9 / seconds["copy"]}
-    return step, training.end_to_end(paths), ceilings, work
+def measure(objective, dataset, prepare, optimizer, args, *_):
+    """In the place of tinymim.fit. Prints table rows, and leaves them in args.tables."""
+    one_epoch = argparse.Namespace(**vars(args) | {"epochs": 1})
+    if args.variant == "usual":
+        dataset = variants.UsualDataset(dataset.paths, dataset.transform)  # makes both views
+        prepare, optimizer = lambda *views: views, torch.optim.AdamW(objective.student.parameters())
+    name = f"{args.variant}, {DTYPES[args.amp] or torch.float32}".replace("torch.", "")
+    if args.compile and args.variant != "compiled":
+        name += ", compiled"
 
-def measure_pipelines(args, paths):
-    """Table rows: the KiB of an image on its way to the device, images/s with one worker and with all."""
-    rows, paths = [], np.resize(paths, args.pictures)
-    for name in ("usual", "tinymim.py"):
-        dataset = make_dataset(args, paths, name == "usual")
-        row = {"pipeline": name, "KiB per image": sum(tensor.nbytes for tensor in dataset[0]) / 1024}
+    def train(loader):
+        with mock.patch.multiple(tinymim, make_loader=lambda *_: loader, load_run=lambda *_: [],
+                                 save_run=mock.DEFAULT, print_run=mock.DEFAULT):
+            fit(objective, dataset, prepare, optimizer, one_epoch)
+
+    def add(table, row):
+        args.tables[table] = {"variant": name} | row
+        print(table, json.dumps(args.tables[table]), flush=True)
+
+    items = [dataset[key] for key in range(args.batch_size)]
+    batch = [tensor.to(args.device) for tensor in default_collate(items)]
+    loader = SteadyLoader(itertools.repeat(batch), args.repeats, args)
+    train(loader)
+    add("step", {"step, ms": 1000 * args.batch_size / loader.rate, "images/s": loader.rate,
+                 "peak memory, GiB": peak_memory(args)})
+    if "parts" in args.measure and args.variant != "finetune":
+        add("parts", measure_parts(objective, batch, prepare, optimizer, loader.rate, args))
+    if "training" in args.measure:
+        loader = load_files(dataset, args, args.workers, args.steps)
+        train(loader)
+        add("end to end", {"images/s": loader.rate, "waiting for data, %": loader.waiting,
+                           "epochs of ImageNet": args.epochs,
+                           "hours for them": args.epochs * IMAGENET / loader.rate / 3600})
+    if "pipeline" in args.measure:
+        row = {"KiB per image": sum(tensor.nbytes for tensor in batch) / 1024 / args.batch_size}
         for workers in sorted({1, args.workers}):
-            loader = DataLoader(dataset, 64, num_workers=workers, persistent_workers=True)
-            seconds = repeat(lambda: sum(1 for _ in loader), number=1, repeat=1 + args.repeats)
-            row[f"images/s, {workers} worker{'s' * (workers > 1)}"] = len(paths) / median(seconds[1:])
-        rows.append(row)
-    return rows
+            steps = args.steps if workers == args.workers else fewest_steps(workers)
+            loader = load_files(dataset, args, workers, steps)
+            for _ in loader:
+                pass
+            row[f"images/s, {workers} worker{'s' * (workers != 1)}"] = loader.rate
+        add("pipeline", row)
 
-def measure(args, paths):
-    """All measurements, as --json prints them."""
-    on_gpu, processor = args.device == "cuda", os.uname().machine
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        processor = next((line.split(": ")[1].strip() for line in file if "model name" in line), processor)
-    names = ("student", "teacher", "img_size", "batch_size", "pictures", "steps", "repeats")
-    result = {"machine": {"GPU": torch.cuda.get_device_name() if on_gpu else None, "processor": processor,
-                          "cores": os.cpu_count(), "torch": torch.__version__},
-              "options": {name: getattr(args, name) for name in names},
-              "ceilings": {}, "GFLOP per image": {}, "step": [], "end to end": []}
-    # A CPU that only emulates bf16 is hundreds of times slower with it.
-    amps = [args.amp] if on_gpu else ["off", "bf16"] if torch.cpu._is_avx512_bf16_supported() else ["off"]
-    ours = [(False, amp, compile) for compile in sorted({False, args.compile}) for amp in amps]
-    for usual, amp, compile in [(True, "fp16" if on_gpu else "off", False), *ours]:
-        precision = "TF32" if on_gpu and amp == "off" else str(DTYPES[amp] or torch.float32)[len("torch."):]
-        name = ("usual, " if usual else "tinymim.py, ") + precision + ", compiled" * compile
-        print(name, flush=True)
-        way = dict(variant=name, usual=usual, amp=amp, compile=compile, work=result["GFLOP per image"])
-        with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
-            done = pool.submit(measure_training, argparse.Namespace(**vars(args) | way), paths)
-            step, epoch, ceilings, result["GFLOP per image"] = done.result()
-        print(step, epoch, flush=True)
-        result["step"].append(step)
-        result["end to end"].append(epoch)
-        result["ceilings"] |= ceilings
-    print("input pipeline", flush=True)
-    return result | {"pipeline": measure_pipelines(args, paths)}
+def peak_memory(args):  # in GiB
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
-def print_tables(result):  # in Markdown
-    for value in result.values():
-        rows = value if isinstance(value, list) else [value]
-        print("\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-        for row in rows:
-            cells = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values())
-            print("| " + " | ".join(cells) + " |")
+def measure_parts(objective, batch, prepare, optimizer, rate, args):
+    """Table row: the parts of a step, each by itself, and how near they are to the ceilings."""
+    autocast = torch.autocast(args.device, DTYPES[args.amp], enabled=args.amp != "off")
+    teacher_qkv, student_qkv, relation_loss = (
+        autocast(torch.compile(function, disable=not args.compile)) for function in
+        (objective.teacher.qkv_at, objective.student.qkv_at, tinymim.relation_loss))
+    student_images, teacher_images = prepare(*batch)
+
+    @torch.no_grad()
+    def teacher():
+        return teacher_qkv(teacher_images, objective.teacher_block)
+
+    def student():  # leaves gradients for the optimiser, small ones: fp16 must not overflow
+        optimizer.zero_grad()
+        qkv = student_qkv(student_images, objective.student.depth)
+        torch.autograd.backward(qkv, [x.detach() / 1000 for x in qkv])
+        return qkv
+
+    target, predicted = teacher(), [x.detach().requires_grad_() for x in student()]
+
+    def relations():
+        losses = relation_loss(predicted, target, objective.relation_heads, objective.pairs)
+        torch.autograd.grad(sum(losses.values()), predicted)
+
+    n, size = (8192, 2**30) if args.device == "cuda" else (2048, 2**28)
+    a, b = torch.randn(2, n, n, device=args.device).to(DTYPES[args.amp] or torch.float32)
+    source, there = torch.zeros(2, size, dtype=torch.uint8, device=args.device)
+    parts = {"views": lambda: prepare(*batch), "teacher": teacher, "student": student,
+             "relation loss": relations, "optimiser": optimizer.step}
+    ceilings = {"product": lambda: a @ b, "copy": lambda: there.copy_(source)}
+    seconds, gflop, threads = {}, {}, torch.get_num_threads()
+    for name, function in (parts | ceilings).items():
+        timer = Timer("f()", globals={"f": function}, num_threads=threads)
+        seconds[name] = timer.timeit(args.repeats).mean
+    for name in ("teacher", "student", "relation loss"):  # per image; the others have no products
+        with (FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH),
+              torch.compiler.set_stance("force_eager")):
+            parts[name]()
+        gflop[name] = counter.get_total_flops() / 1e9 / args.batch_size
+    product = 2 * n**3 / 1e9 / seconds["product"]  # GFLOP/s
+    teaching = gflop["teacher"] * args.batch_size / seconds["teacher"]
+    return ({f"{name}, ms": 1000 * seconds[name] for name in parts}
+            | {f"{name}, GFLOP per image": value for name, value in gflop.items()}
+            | {"product, TFLOP/s": product / 1000, "teacher, % of it": 100 * teaching / product,
+               "step, % of it": 100 * sum(gflop.values()) * rate / product,
+               "copy, read and written, GB/s": 2 * size / 1e9 / seconds["copy"]})
+
+def measure_variant(args):
+    """In a process of its own: {table: row}."""
+    sys.stdout = sys.stderr
+    torch.multiprocessing.set_start_method(None, force=True)  # workers start as in a run
+    args.tables, tinymim.fit = {}, measure
+    variants.train(args)
+    return args.tables
+
+# ---- 3. Command line -----------------------------------------------------------------------------
 
 def benchmark(args):
-    tinymim.setup(args)
-    args.batch_size = args.batch_size or {"cuda": 256, "cpu": 8}[args.device]
-    args.steps = args.steps or {"cuda": 100, "cpu": 4}[args.device]
-    args.epochs = 1 + args.repeats
-    with contextlib.redirect_stdout(sys.stderr):  # all but the result
-        paths = tinymim.find_images(tinymim.imagenette() if args.data == "imagenette" else args.data)
-        result = measure(args, np.random.RandomState(0).permutation(paths))
+    on_gpu = args.device == "cuda"
+    args.batch_size = args.batch_size or (256 if on_gpu else 8)
+    args.repeats = args.repeats or (50 if on_gpu else 3)
+    tinymim.setup(args)  # settles --workers
+    fewest = fewest_steps(args.workers)
+    args.steps = args.steps or fewest
+    args.variants = args.variants or VARIANTS[:3 if args.compile else 2]
+    if args.accum > 1:
+        raise UserError("--accum is not measured")
+    if args.steps < fewest:
+        raise UserError(f"--steps {args.steps} is too few for a steady rate, as workers make "
+                        f"{AHEAD * args.workers} batches ahead: {fewest}, or fewer --workers")
+    names = ("student", "teacher", "img_size", "batch_size", "workers", "steps", "repeats")
+    result = {"machine": {"GPU": torch.cuda.get_device_name() if on_gpu else None,
+                          "processor": platform.processor() or platform.machine(),
+                          "cores": os.cpu_count(), "torch": torch.__version__},
+              "options": {name: getattr(args, name) for name in names}}
+    for variant in args.variants:
+        options = argparse.Namespace(**vars(args), variant=variant)
+        with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
+            rows = pool.submit(measure_variant, options).result()
+        for table, row in rows.items():
+            result.setdefault(table, []).append(row)
     print(json.dumps(result, indent=1)) if args.json else print_tables(result)
 
+def print_tables(result):  # in Markdown
+    for name, rows in result.items():
+        rows = rows if isinstance(rows, list) else [rows]
+        print(f"\n{name}\n\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+        for row in rows:
+            cells = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()]
+            print("| " + " | ".join(cells) + " |")
+
 def main(argv=None):
-    parser = tinymim.make_parser("extras/benchmark.py", __doc__, teacher=True)
-    parser.set_defaults(img_size=224, batch_size=None, blr=1e-6, warmup_epochs=0)
-    add = parser.add_argument_group("benchmark").add_argument
-    add("--pictures", type=int, default=1024, help="in a pass of the input pipeline (default: 1024)")
-    add("--steps", type=int, help="in an epoch, 2 at least (default: 100 on a GPU, 4 on the CPU)")
-    add("--repeats", type=int, default=5, help="of every measurement (default: 5)")
+    recipe = tinymim.RECIPE | dict(batch_size=None, img_size=224)
+    parser = tinymim.make_parser("extras/benchmark.py", __doc__, recipe, teacher=True)
+    kinds = ("parts", "training", "pipeline")
+    add = parser.add_argument
+    add("--variants", nargs="+", choices=VARIANTS,
+        help="default: usual, eager and, unless --no-compile, compiled")
+    add("--measure", nargs="*", choices=kinds, default=kinds, help="besides a step (default: all)")
+    add("--steps", type=COUNT, help="timed with workers (default: 4 for each batch made ahead)")
+    add("--repeats", type=COUNT, help="timed without them (default: 50 on a GPU, 3 on the CPU)")
     add("--json", action="store_true", help="print JSON instead of tables")
-    tinymim.run(parser, parser.parse_args(argv), benchmark)
+    tinymim.run(parser, benchmark, parser.parse_args(argv))
 
 if __name__ == "__main__":
     main()

@@ -1,66 +1,66 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, without a network: the commands, then the benchmarks.
+# What only a GPU can show, without a network: speed and memory, and the commands themselves.
 #
-#     bash extras/gpu.sh PHOTOS OUT [options for every run of tinymim.py and finetune.py, to try this script]
+#     bash extras/gpu.sh PHOTOS OUT [options of tinymim.py for every command, to try this script]
 #
-# PHOTOS: a folder of images for each class. OUT: a new folder for what the commands print and write, and for
-# summary.txt: each command's exit status, time and last line. Teachers have MAE's sizes and random weights.
-# ONLY=REGEX in front runs only the commands whose names match. COPIES (20) times the photos make an epoch:
-# no-memory needs 4096 or more.
+# PHOTOS: a folder of images for each class. OUT gets, at once, summary.txt (how each step ended and
+# what it measured) and log.txt (all output). The most useful come first. Variables to set before:
+#     TOTAL=570          seconds, after which no step is started or goes on
+#     FROM=NAME          begin with this step: a second call, where the first one ended
+#     ONLY=REGEX         only the steps whose names match
+#     COPIES=N           of the photos make an epoch (default: so many that it has 5,000 images)
+#     GPU_STUDY=OPTIONS  run extras/study.py with them, too (nothing else: ONLY=study)
 set -u
-photos=$(realpath "$1"); out=$(realpath -m "$2"); shift 2; more=("$@")
-cd "$(dirname "$0")/.."; mkdir -p "$out"/{data,logs,runs}
-
-for copy in $(seq "${COPIES:-20}"); do  # the same photos again and again: an epoch of some length
-    for class in "$photos"/*/; do ln -sfn "$class" "$out/data/$(basename "$class")-$copy"; done
+photos=$(realpath "$1"); out=$(realpath -m "$2"); shift 2; cd "$(dirname "$0")/.."
+mkdir -p "$out"; work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
+teacher=$work/mae_base.pth  # random weights
+python -c "import torch, tinymim
+torch.save(tinymim.ViT(*tinymim.STUDENTS['base']).state_dict(), '$teacher')"
+mkdir -p "$work/data/train"; ln -s train "$work/data/val"
+count=$(find -L "$photos" -type f | wc -l)
+for copy in $(seq "${COPIES:-$((5000 / count + 1))}"); do
+    for class in "$photos"/*/; do ln -s "$class" "$work/data/train/$(basename "$class")-$copy"; done
 done
-mkdir -p "$out/labelled"; ln -sfn "$out/data" "$out/labelled/train"; ln -sfn "$out/data" "$out/labelled/val"
-python - "$out" <<'PYTHON'
-import sys, torch, tinymim
-torch.manual_seed(0)
-for size in ("base", "large"):
-    torch.save({"model": tinymim.ViT(*tinymim.STUDENTS[size]).state_dict()}, f"{sys.argv[1]}/mae_{size}.pth")
-PYTHON
 
-try() {  # try NAME COMMAND...: at most LIMIT seconds, two minutes by default
-    local name=$1 began=$SECONDS; shift
-    [[ $name =~ ${ONLY:-.} ]] || return 0
-    timeout "${LIMIT:-120}" "$@" > "$out/logs/$name.log" 2>&1
-    local line="$name: exit $?, $((SECONDS - began)) s: $(tr '\r' '\n' < "$out/logs/$name.log" | grep . | tail -1)"
-    echo "$line" | cut -c1-300 | tee -a "$out/summary.txt"
+try() {  # try LIMIT NAME COMMAND...: at most LIMIT seconds
+    local limit=$1 name=$2 began=$SECONDS left=$((${TOTAL:-570} - SECONDS)) status; shift 2
+    [[ $name == "${FROM:-}" ]] && FROM=
+    [[ -z ${FROM:-} && $name =~ ${ONLY:-.} ]] || return 0
+    if ((left < 20)); then echo "$name: no time left" | tee -a "$out/summary.txt"; return; fi
+    echo "==== $name: $*" >> "$out/log.txt"
+    timeout -k 5 $((left < limit ? left : limit)) "$@" 2>&1 | tee -a "$out/log.txt" > "$work/log"
+    status=${PIPESTATUS[0]}
+    { echo "$name: exit $status, $((SECONDS - began)) s: $(tr '\r' '\n' < "$work/log" |
+          grep '[^ ]' | tail -1 | cut -c1-250)"
+      grep -E '^(step|parts|end to end|pipeline) \{' "$work/log"; } | tee -a "$out/summary.txt"
 }
-distil() {  # distil NAME STUDENT TEACHER OPTIONS...
-    local name=$1 student=$2 teacher=$3; shift 3
-    try "$name" python tinymim.py --student "$student" --teacher "$out/mae_$teacher.pth" --data "$out/data" \
-        --out "$out/runs/$name" --epochs 1 "$@" "${more[@]}"
-}
+distil=(python tinymim.py --teacher "$teacher" --data "$work/data" "$@")
+tune=(python finetune.py --data "$work/data" "$@")
+speed=(python extras/benchmark.py --data "$work/data" "$@")
+[[ " $* " == *" --no-compile "* ]] && ours=eager || ours=compiled
+changes="$ours checkpoint matmul both"
+small="--student small" base="--student base --teacher mae_large"
 
-LIMIT=600 try tests python -m pytest -q -x
-distil tiny-256 tiny base --batch-size 256
-distil tiny-512 tiny base --batch-size 512
-distil tiny-fp16 tiny base --batch-size 256 --amp fp16
-distil tiny-eager tiny base --batch-size 256 --no-compile
-distil small-256 small base --batch-size 256
-distil base-256 base large --batch-size 256
-distil resumed tiny base --batch-size 256
-distil resumed tiny base --batch-size 256 --epochs 2 --resume
-distil no-memory base large --batch-size 4096  # one line, and exit status 1
-TORCH_LOGS=recompiles,graph_breaks distil compiler tiny base --batch-size 256  # its log should name none
-try no-waiting python -c "import sys, torch, tinymim
+try 200 speed-tiny "${speed[@]}" --variants $ours --measure training pipeline
+try 300 changes-tiny "${speed[@]}" --variants $changes --measure
+try 200 finetune-tiny "${speed[@]}" --variants finetune --measure training pipeline
+try 150 speed-small "${speed[@]}" $small --variants $ours --measure training
+try 200 speed-base "${speed[@]}" $base --variants $ours --measure training
+try 150 finetune-small "${speed[@]}" $small --variants finetune --measure training
+try 150 finetune-base "${speed[@]}" $base --variants finetune --measure training
+try 90 no-memory "${distil[@]}" --student base --batch-size 4096 --no-compile --out "$work/big"
+try 200 resume bash -c '"$@" & while [ ! -e "$0/last.pth" ] && kill -0 $!; do sleep 1; done
+    kill $!; wait; "$@" --resume' "$work/tiny" "${distil[@]}" --epochs 9 --out "$work/tiny"
+try 120 tune "${tune[@]}" --checkpoint "$work/tiny/last.pth" --epochs 1 --out "$work/tuned"
+try 60 evaluate "${tune[@]}" --checkpoint "$work/tuned/last.pth" --eval
+try 300 changes-base "${speed[@]}" $base --variants $changes --measure
+try 300 changes-small "${speed[@]}" $small --variants $changes --measure
+[[ -n ${GPU_STUDY:-} ]] && try 560 study python extras/study.py $GPU_STUDY
+try 500 table "${speed[@]}" --json  # for assets/speed.json
+try 120 fp16 "${distil[@]}" --epochs 1 --amp fp16 --out "$work/fp16"
+try 120 compiler env TORCH_LOGS=recompiles,graph_breaks "${distil[@]}" --epochs 1 --out "$work/logs"
+try 120 no-waiting python -c "import sys, torch, tinymim
 torch.cuda.set_sync_debug_mode('warn')
-tinymim.main(sys.argv[1:])" --teacher "$out/mae_base.pth" --data "$out/data" --out "$out/runs/no-waiting" \
-    --epochs 1 "${more[@]}"
-for student in tiny small base; do  # its speed: images/s of the last epoch
-    try "finetune-$student" python finetune.py --checkpoint "$out/runs/$student-256/last.pth" --data "$out/labelled" \
-        --out "$out/runs/finetune-$student" --epochs 3 --batch-size 256 "${more[@]}"
-done
-try evaluate python finetune.py --eval --checkpoint "$out/runs/finetune-tiny/last.pth" --data "$out/labelled"
-if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" -gt 1 ]; then
-    try two-gpus torchrun --nproc-per-node 2 tinymim.py --teacher "$out/mae_base.pth" --data "$out/data" \
-        --out "$out/runs/two" --epochs 1
-fi
-for student in tiny small base; do
-    teacher=$([ $student = base ] && echo mae_large || echo mae_base)
-    LIMIT=600 try "benchmark-$student" python extras/benchmark.py --data "$out/data" --student $student \
-        --teacher $teacher --json
-done
+tinymim.main(sys.argv[1:])" "${distil[@]:2}" --epochs 1 --out "$work/no-waiting"
+(($(nvidia-smi -L 2> /dev/null | wc -l) < 2)) || try 120 two-gpus torchrun --nproc-per-node 2 \
+    "${distil[@]:1}" --epochs 1 --out "$work/two"
