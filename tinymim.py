@@ -532,8 +532,8 @@ def image_folder(data, split=""):
 def find_images(folder):
     """The paths of all images in `folder`, at any depth, sorted, as an array of bytes."""
     paths, others, folders = [], 0, [folder]
-    for parent in folders:  # grows as folders are found
-        for entry in os.scandir(parent):
+    while folders:  # depth first: folders that link to themselves soon end in an error
+        for entry in os.scandir(folders.pop()):
             if entry.name.startswith("."):  # .ipynb_checkpoints, and macOS's ._photo.jpg
                 continue
             if entry.is_dir():
