@@ -388,9 +388,9 @@ def train(args):
                 lambda epoch: evaluate(model, validation, args)[0], schedule=linear)
 
 def main(argv=None):
-    parser = tinymim.make_parser("extras/segment.py", __doc__, dict(
-        batch_size=16, blr=1.6e-3, min_lr=0.0, weight_decay=0.05, drop_path=0.1, student=None,
-        layer_decay=0, augment="crop"))  # see train(); finetune.py asks for it: no label smoothing
+    parser = tinymim.make_parser("extras/segment.py", __doc__, dict(batch_size=16, blr=1.6e-3,
+        min_lr=0.0, weight_decay=0.05, drop_path=0.1, student=None, layer_decay=0,  # 0: see train()
+        augment="crop"))  # finetune.py asks for it: no label smoothing
     # resolve: what is added here takes the place of tinymim.py's
     add = parser.add_argument_group("segmentation", conflict_handler="resolve").add_argument
     add("--checkpoint", required=True, help="a file, mae_base..., or none: train from scratch")
