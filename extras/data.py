@@ -1,4 +1,4 @@
-"""For study.py and demo.py: CIFAR-10 as files, its splits, a file of results, CPU settings."""
+"""For study.py and demo.py: CIFAR-10 as files (python extras/data.py), splits, results, settings."""
 
 import json
 import math
@@ -55,14 +55,6 @@ def link_splits(root, out):
             raise finetune.UserError(f"{out} is of other photos: {os.path.realpath(link)}")
     return len(paths)
 
-def top1(result):
-    """The accuracy in a result: a number or, with its protocol, {"top1": number, ...}."""
-    return result["top1"] if isinstance(result, dict) else result
-
-def of_seeds(found, labels, spec):
-    """The top-1 of all seeds of a row, among the results."""
-    return [top1(found[key]) for key in found if key.startswith(f"{labels}/{spec}/")]
-
 def results(path, key=None, result=None):
     """Add {key: result} to a JSON file that others change too. Returns all that is in it."""
     found = json.loads(Path(path).read_text()) if os.path.exists(path) else {}
@@ -72,3 +64,6 @@ def results(path, key=None, result=None):
         part.write_text(json.dumps(found, indent=1, sort_keys=True))
         part.replace(path)
     return found
+
+if __name__ == "__main__":
+    print(f"CIFAR-10 is in {cifar10()}")

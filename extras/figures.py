@@ -19,8 +19,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tinymim
-from data import of_seeds
-from study import ROWS
+from study import ROWS, of_seeds
 
 try:
     import matplotlib.pyplot as plt

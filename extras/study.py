@@ -120,9 +120,9 @@ def rates_to_try(method, found=None):
 
 def best_rates(method, found, rates, tuned):
     """Those with the best result named `tuned`/method/rates. The first, if none was tried."""
-    def top1(pair):
-        return data.top1(found.get(f"{tuned}/{method}/{pair[0]:g} {pair[1]:g}", 0))
-    return max(rates, key=top1)
+    def result(pair):
+        return top1(found.get(f"{tuned}/{method}/{pair[0]:g} {pair[1]:g}", 0))
+    return max(rates, key=result)
 
 def sizes(args, network):
     numbers = (SMALLEST if args.smallest else NETWORKS)[network]
@@ -197,6 +197,14 @@ def accuracy(args, spec, seed, labels, rates):
                   "--batch-size", batch, "--blr", rates[1], "--seed", seed, *options, *args.machine)
     return history[-1]["top1"]
 
+def top1(result):
+    """The accuracy in a result: a number or, with its protocol, {"top1": number, ...}."""
+    return result["top1"] if isinstance(result, dict) else result
+
+def of_seeds(found, labels, spec):
+    """The top-1 of all seeds of a row, among the results."""
+    return [top1(found[key]) for key in found if key.startswith(f"{labels}/{spec}/")]
+
 def print_tables(results, tables):
     """Markdown: mean ± deviation over the seeds (in parentheses, the difference to row 1)."""
     names = {"few": "a tenth of the labels", "all": "all labels"}
@@ -206,7 +214,7 @@ def print_tables(results, tables):
         print("There are no results yet.")
         return
     for table in tables:
-        rows = [(row, [paper] if paper else [], *(data.of_seeds(results, x, spec) for x in names))
+        rows = [(row, [paper] if paper else [], *(of_seeds(results, x, spec) for x in names))
                 for name, row, spec, paper in ROWS if name == table]
         header = [f"{table} (difference to row 1)", "paper", *names.values()]
         print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
@@ -263,7 +271,15 @@ def print_content(args, path):
             for pair, share in zip(("qq", "kk", "vv", "qk"), row):
                 data.results(path, f"content/{name}/{block} {pair}", share)
 
+def ship(checkpoint):
+    """assets/cifar10_teacher.pth: the checkpoint of a new teacher, in float16."""
+    tensors, _, config = tinymim.read_checkpoint(checkpoint)
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    torch.save({"model": half, "config": config}, SHIPPED)
+
 def study(args):
+    if args.ship:
+        return ship(args.ship)
     path = os.path.join(args.out, "results.json")
     if args.print:
         return print_tables(data.results(path), args.tables)
@@ -308,12 +324,12 @@ def study(args):
                 if labels == "tune":
                     key = f"{tuned}/{method}/{pair[0]:g} {pair[1]:g}"
                 if key not in data.results(path):
-                    top1 = accuracy(args, spec, seed, labels, pair)
+                    result = accuracy(args, spec, seed, labels, pair)
                     protocol = {name: value for name, value in vars(args).items()
                                 if name.endswith("_epochs") or name == "batch_size"}
                     protocol |= dict(blr=pair, teacher=os.path.basename(args.teacher),
                                      device="gpu" if torch.cuda.is_available() else "cpu")
-                    data.results(path, key, dict(top1=top1, **protocol))
+                    data.results(path, key, dict(top1=result, **protocol))
     print_tables(data.results(path), args.tables)
     if args.smallest:
         print("\nA smoke test: with networks and data as small these numbers say nothing.")
@@ -325,6 +341,7 @@ def main(argv=None):
     add("--data", default="cifar10", help="or a folder with train/ and test/ or val/")
     add("--out", default="runs/study", help="folder for everything (default: runs/study)")
     add("--teacher", help="a checkpoint, or new (default: assets/cifar10_teacher.pth for cifar10)")
+    add("--ship", metavar="FILE", help="make assets/cifar10_teacher.pth of a checkpoint of mae.py")
     add("--tables", nargs="+", choices=tables, help="default: those of the paper")
     add("--curve", action="store_true", help=f"the tables {', '.join(CURVE)}")
     add("--content", action="store_true", help="print how much of the relations the photo explains")
