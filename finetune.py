@@ -181,7 +181,8 @@ RECIPES = {  # by the smallest width that they are for
     384: dict(epochs=300, blr=1e-3, layer_decay=0.75, drop_path=0.0, augment="light"),
     # The authors' for TinyMIM-B. MAE's own ViT-B has 0.1, see settle().
     768: dict(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.2),
-    1024: dict(epochs=50, warmup_epochs=5, blr=1e-3, layer_decay=0.75, drop_path=0.2),  # MAE's
+    # MAE's for ViT-L. (For its ViT-H it has a drop path of 0.3.)
+    1024: dict(epochs=50, warmup_epochs=5, blr=1e-3, layer_decay=0.75, drop_path=0.2),
 }
 DEFAULTS = dict(batch_size=128, weight_decay=0.05, min_lr=1e-6, augment="strong")
 
@@ -199,8 +200,8 @@ def settle(args):
         sizes[name] = getattr(args, name) or sizes[name]
     recipe = DEFAULTS | RECIPES[max(width for width in RECIPES if width <= sizes["dim"])]
     if args.checkpoint == "none":
-        recipe["layer_decay"] = 1.0  # there is nothing to preserve in early layers
-    elif sizes["dim"] == 768 and not config.get("relation_heads"):
+        recipe["layer_decay"] = 1  # there is nothing to preserve in early layers
+    elif sizes["dim"] == 768 and config.get("relation_heads") is None:
         recipe["drop_path"] = 0.1
     for option, value in recipe.items():
         if getattr(args, option) is None:
@@ -212,18 +213,18 @@ def settle(args):
 def parameter_groups(model, weight_decay, layer_decay):
     """AdamW's groups. Each layer learns at layer_decay times the rate of that above it, lr_scale.
     Biases, norms, the class token and the position embeddings are not decayed."""
-    groups = {}
+    groups, top = {}, model.depth + 1
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = model.depth + 1  # the head, and the norm before it
+        layer = top  # the head, and the norm before it
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
         elif name.startswith(("cls_token", "dist_token", "pos_embed", "patch_embed")):
             layer = 0
         plain = parameter.ndim <= 1 or name.endswith(("_token", "pos_embed"))
         decay = 0.0 if plain else weight_decay
-        scale = layer_decay ** (model.depth + 1 - layer)
+        scale = layer_decay ** (top - layer)
         group = dict(params=[], weight_decay=decay, lr_scale=scale)
         groups.setdefault((layer, decay), group)["params"].append(parameter)
     return list(groups.values())

@@ -882,6 +882,7 @@ def test_recipes_follow_the_size(tmp_path):
         (192, 3, 12, [], light | dict(layer_decay=0.85)), (384, 6, None, [], light | dict(layer_decay=0.75)),
         (384, 6, 12, ["--epochs=9", "--drop-path=0.3"], dict(epochs=9, warmup_epochs=0.45, drop_path=0.3)),
         (768, 12, 16, [], strong | dict(drop_path=0.2)), (768, 12, None, [], strong | dict(drop_path=0.1)),
+        (768, 12, 0, [], strong | dict(drop_path=0.2)),  # of features, by extras/targets.py
         (1024, 16, None, [], strong | dict(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2)),
     ]:
         vit = ViT(dim, 1, heads, relation_heads=relation_heads)

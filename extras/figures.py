@@ -1,6 +1,6 @@
 """Pictures of what is learnt, and of the README. Needs matplotlib.
 
-    python extras/figures.py --run runs/tiny            (relations.png and method.svg of tinymim.py)
+    python extras/figures.py --run runs/tiny            (relations.png; --method: the README's, too)
     python extras/figures.py --log runs/tiny runs/x     (curves.png: loss and accuracy over epochs)
     python extras/figures.py --speed speed.json         (of extras/benchmark.py --json: speed.svg)
     python extras/figures.py --results results.json     (of extras/study.py, Table 8: results.png)
@@ -162,7 +162,8 @@ def draw(args):
     if args.run:
         crops, objective, student = load_run(args.run, args.data)
         draw_relations(crops, objective, student, os.path.join(out, "relations.png"))
-        draw_method(crops, objective, os.path.join(out, "method.svg"))
+        if args.method:  # its text is that of ViT-L and ViT-T
+            draw_method(crops, objective, os.path.join(out, "method.svg"))
     if args.log:
         draw_curves(args.log, os.path.join(out, "curves.png"))
     if args.speed:
@@ -188,6 +189,7 @@ def main(argv=None):
     for name in ("run", "speed", "results", "data", "out"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--log", nargs="+", metavar="RUN")
+    parser.add_argument("--method", action="store_true")
     args = parser.parse_args(argv)
     if not (args.run or args.log or args.speed or args.results):
         parser.error("nothing to draw: --run, --log, --speed or --results")

@@ -3,8 +3,9 @@
     python extras/probe.py --checkpoint mae_base --data FOLDER
     python extras/probe.py --eval --checkpoint runs/mae_base-probe/best.pth --data FOLDER
 
---data is as finetune.py's. The recipe is MAE's, but for SGD: MAE's LARS is meant for updates of
-16,384 images. A distilled student is refused, as the end of its last block is untrained.
+--data is as finetune.py's. The recipe is MAE's, but with SGD for LARS, which is for updates of
+16,384 images; the blr is the same, untuned. A distilled student is refused, as it is not trained
+to the end of its last block.
 """
 
 import os

@@ -31,7 +31,7 @@ ALEXNET = dict(
     jpeg_compression=60.65)
 PAPER = """
 mCE is relative to AlexNet's errors. Table 4 calls its last column mCE, but it is most probably the
-mean error: for ViT-B, MAE's README has an mCE of 51.7, an error of about 41, and Table 4 has 37.8.
+mean error: for ViT-B, MAE has 51.7, which as an mCE is an error of about 41; Table 4 has 37.8.
 
 | Table 4: DeiT, MAE, TinyMIM | ImageNet | -A | -R | -C: mean error | -C: mCE |
 |---|---|---|---|---|---|

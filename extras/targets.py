@@ -135,7 +135,7 @@ def build(args):
     if args.mae:
         objective = WithMAE(objective, args.mask_ratio or 0.75, args.decoder)
     if not isinstance(objective, TinyMIM):  # the others train the whole student
-        student.config["relation_heads"] = None  # else: the end of its last block is untrained
+        student.config["relation_heads"] = 0  # distilled, and all of its last block is trained
     return objective
 
 def main(argv=None):
