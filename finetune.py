@@ -190,8 +190,9 @@ def settle(args):
     """Read --checkpoint, and give the options that are None the values of its recipe. Returns what
     read_checkpoint() does, with the sizes that --dim and the like override."""
     if args.checkpoint == "none":
-        tensors, config, size = {}, {}, STUDENTS[args.student or "tiny"]
-        sizes = dict(zip(("dim", "depth", "heads"), size), patch_size=16, img_size=224)
+        tensors, config = {}, {}
+        sizes = dict(zip(("dim", "depth", "heads"), STUDENTS[args.student or "tiny"]),
+                     patch_size=16, img_size=224)
     elif args.student:
         raise UserError("--student goes with --checkpoint none: a checkpoint has its own size")
     else:

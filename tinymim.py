@@ -585,8 +585,8 @@ class EpochSampler(DistributedSampler):
 
 def make_loader(dataset, args):
     if len(dataset) < args.images_per_update:
-        raise UserError(f"{len(dataset)} images are fewer than the {args.images_per_update} of an "
-                        f"update: --batch-size {len(dataset) // (args.accum * WORLD)} or less")
+        raise UserError(f"{len(dataset)} images do not fill an update of {args.images_per_update}: "
+                        f"--batch-size {max(1, len(dataset) // (args.accum * WORLD))} or less")
     sampler = EpochSampler(dataset, WORLD, RANK, seed=args.seed, drop_last=True)
     return DataLoader(dataset, args.batch_size, sampler=sampler, drop_last=True,
                       num_workers=args.workers, persistent_workers=args.workers > 0,
@@ -622,8 +622,7 @@ def setup(args):
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(args.seed)
 
-def print_run(args, objective, dataset):
-    """What is about to happen, in five lines at most."""
+def print_run(args, objective, dataset):  # what is about to happen
     lines = {name: f"{vit.dim} wide, {vit.depth} blocks, {vit.heads} heads"
              for name, vit in objective.named_children() if isinstance(vit, ViT)}
     if isinstance(objective, TinyMIM):
@@ -638,9 +637,10 @@ def print_run(args, objective, dataset):
         print(*(f"{name:10}{text}" for name, text in lines.items()), sep="\n", flush=True)
 
 def print_unused(objective):
-    names = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    unused = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    names = dict.fromkeys(name.rpartition(".")[0] or name for name in unused)
     if names and RANK == 0:
-        print("no loss reaches", *dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+        print("untrained, as no loss reaches them:", *names)
 
 def progress_bar(updates, epoch, args):
     return tqdm(range(updates), f"epoch {epoch + 1}/{args.epochs}", leave=False, unit=" images",

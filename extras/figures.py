@@ -33,7 +33,11 @@ plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "image.cmap": "magma",
 def load_run(folder, data):
     """uint8 crops (4, 3, H, W), the objective as it was before training, the student after it."""
     checkpoint = os.path.join(folder, "last.pth")
+    if not os.path.exists(checkpoint):
+        raise tinymim.UserError(f"there is no {checkpoint}")
     args = argparse.Namespace(**tinymim.load_file(checkpoint)["args"])
+    if "relations" not in args:
+        raise tinymim.UserError(f"{folder} is not a run of tinymim.py: --log draws its curves")
     torch.manual_seed(args.seed)  # as in tinymim.setup
     objective, student = tinymim.build(args).eval(), tinymim.load_teacher(checkpoint)
     paths = tinymim.find_images(tinymim.image_folder(data or args.data, "train"))
@@ -143,7 +147,7 @@ def draw_curves(folders, path):
     for folder in folders:
         with open(os.path.join(folder, "log.jsonl")) as file:
             log = [json.loads(line) for line in file]
-        for name in log[0].keys() - {"epoch", "lr", "images/s"}:
+        for name in sorted(log[0].keys() - {"epoch", "lr", "images/s"}):
             points = [(record["epoch"], record[name]) for record in log if name in record]
             label = f"{os.path.basename(os.path.normpath(folder))}: {name}"
             (right if name == "top1" else left).plot(*zip(*points), label=label)
@@ -158,9 +162,9 @@ def draw(args):
     out = args.out or args.run
     if out is None:
         out = args.log[0] if args.log else os.path.dirname(args.speed or args.results) or "."
-    os.makedirs(out, exist_ok=True)
     if args.run:
         crops, objective, student = load_run(args.run, args.data)
+        os.makedirs(out, exist_ok=True)
         draw_relations(crops, objective, student, os.path.join(out, "relations.png"))
         if args.method:  # its text is that of ViT-L and ViT-T
             draw_method(crops, objective, os.path.join(out, "method.svg"))
