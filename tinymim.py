@@ -637,10 +637,10 @@ def print_run(args, objective, dataset):  # what is about to happen
         print(*(f"{name:10}{text}" for name, text in lines.items()), sep="\n", flush=True)
 
 def print_unused(objective):
-    unused = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
-    names = dict.fromkeys(name.rpartition(".")[0] or name for name in unused)
+    names = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     if names and RANK == 0:
-        print("untrained, as no loss reaches them:", *names)
+        modules = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
+        print("untrained, as no loss reaches them:", *modules)
 
 def progress_bar(updates, epoch, args):
     return tqdm(range(updates), f"epoch {epoch + 1}/{args.epochs}", leave=False, unit=" images",
