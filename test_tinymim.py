@@ -696,7 +696,7 @@ def test_another_run_is_not_resumed(either, tmp_path):
     for other in OTHER_RUNS + (OF_TINYMIM if main is tinymim.main else OF_FINETUNE):
         name = re.match("--([a-z-]+)", other)[1]
         name = {"accum": "images-per-update", "batch-size": "images-per-update"}.get(name, name)
-        fails(main, [*options, "--resume", *other.format(tmp_path).split()], "of a run with", f"--{name} ")
+        fails(main, [*options, "--resume", *other.format(tmp_path).split()], "has a run with", f"--{name} ")
     assert (run / "last.pth").read_bytes() == before
     main([*options, "--resume", "--batch-size=2", "--accum=4", "--workers=1"])  # the same update
     assert (run / "last.pth").read_bytes() == before  # which has nothing left to do
@@ -705,13 +705,13 @@ def test_another_objective_or_other_classes_are_not_resumed(distil, tune, pictur
     tinymim.main([*distil, "--epochs=1"])
     parser = tinymim.make_parser("extras/mine.py", tinymim.__doc__, tinymim.RECIPE, teacher=True)
     mine = parser.parse_args([*distil, "--epochs=1", "--resume"])
-    fails(lambda args: tinymim.run(Mock(prog="mine.py"), tinymim.train, args), mine, "of a run with", "mine.py")
+    fails(lambda args: tinymim.run(Mock(prog="mine.py"), tinymim.train, args), mine, "has a run with", "mine.py")
     tune = [*tune, f"--out={tmp_path}/tuned", "--epochs=1"]
     finetune.main(tune)
     renamed = shutil.copytree(pictures, tmp_path / "renamed")
     for split in ("train", "val"):
         (renamed / split / "red").rename(renamed / split / "apple")
-    fails(finetune.main, [*tune, f"--data={renamed}", "--resume"], "of a run with", "classes", "apple")
+    fails(finetune.main, [*tune, f"--data={renamed}", "--resume"], "has a run with", "classes", "apple")
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])
 def test_a_damaged_last_checkpoint_is_named(either, damage, tmp_path):

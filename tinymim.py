@@ -487,7 +487,7 @@ def load_run(args, objective, optimizer, scaler):
     now = vars(args) | objective.student.config
     for name, before in (saved["args"] | saved["config"]).items():
         if name in now and name not in MAY_CHANGE and now[name] != before:
-            raise UserError(f"{path} is of a run with --{name.replace('_', '-')} {before!s:.80}, not "
+            raise UserError(f"{path} has a run with --{name.replace('_', '-')} {before!s:.80}, not "
                             f"{now[name]!s:.80}: --resume continues a run, by its own schedule")
     teacher = {k: v for k, v in objective.state_dict().items() if "teacher" in k.split(".")}
     objective.load_state_dict(saved["objective"] | teacher)

@@ -286,7 +286,7 @@ def test_a_resumed_run_with_another_target_is_the_uninterrupted_one(
     stopped(targets.main, part, epoch=2)
     targets.main([*part, "--resume"])
     same(load(tmp_path / "part")["objective"], load(tmp_path / "whole")["objective"])
-    fails(targets.main, [*part, "--resume", "--target", "ffn"], "of a run with --target qkv, not ffn")
+    fails(targets.main, [*part, "--resume", "--target", "ffn"], "has a run with --target qkv, not ffn")
 
 def test_which_block_teaches(teacher_file):
     """That of the options. By default the last where the networks are as deep, else that at 3/4;

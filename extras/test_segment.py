@@ -538,7 +538,7 @@ def test_segmentation_trains_resumes_and_evaluates(teacher_file, tmp_path, capsy
     same(continued["model"], saved["model"])  # nothing changes
     assert continued["history"][1]["mIoU"] == history[1]["mIoU"]
     for change in (["--no-relative-bias"], ["--channels", "4"], ["--layer-decay", "0.7"]):
-        with pytest.raises(SystemExit, match="is of a run with"):
+        with pytest.raises(SystemExit, match="has a run with"):
             segment.main([*options, "--out", str(tmp_path / "part"), "--resume", *change])
 
     capsys.readouterr()
