@@ -383,6 +383,27 @@ def test_every_row_of_the_study_works(tmp_path):
     assert all(top1.strip() for row in rows for top1 in row.split("|")[3:5])  # no number missing
     assert "epoch 1 " in first and "epoch 1 " not in again.split("| T8")[0].split("results in")[-1]
 
+def test_the_studys_teacher():
+    path = os.path.join(os.path.dirname(HERE), "assets", "cifar10_teacher.pth")
+    assert path == study.SHIPPED and os.path.getsize(path) < 6e6
+    config = dict(dim=192, depth=6, heads=6, patch_size=4, img_size=32, relation_heads=None)
+    assert tinymim.load_teacher(path).config == config
+
+def test_content_is_what_the_photo_explains():
+    """Of a relation that is the same in all photos nothing, of one with a constant mean map all."""
+    torch.manual_seed(0)
+    vit, photos = ViT(**SMALL), torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    same_photos = photos[:1].expand(6, -1, -1, -1)
+    for share in study.content(vit, same_photos).values():
+        assert share == pytest.approx(0, abs=1e-4)
+    found = study.content(vit, photos)
+    q, k, v = vit.qkv_at(tinymim.normalize(photos / 255), 3)
+    maps = tinymim.log_relation(q, k, 2).exp().double().detach()  # (photo, head, row, column), spelt out
+    total = maps.transpose(0, 1).transpose(1, 2).flatten(2).var(2, unbiased=False)
+    constant = maps.mean(0).var(2, unbiased=False)
+    assert found[3, "qk"] == pytest.approx((1 - constant / total).mean().item(), rel=1e-5)
+    assert len(found) == 3 * 4 and all(0 < share < 1 for share in found.values())
+
 def test_the_demos_teacher_and_its_pictures(tmp_path):
     path = os.path.join(os.path.dirname(HERE), "assets", "shapes_teacher.pth")
     assert os.path.getsize(path) < 3e6
