@@ -431,7 +431,9 @@ def test_the_demo_and_its_figures(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="holds a demo"):
         demo.main(["--out", str(tmp_path / "demo")])
     pytest.importorskip("matplotlib")
-    script("figures.py", "--run", tmp_path / "demo" / "seed0" / "distilled", "--out", tmp_path)
+    run = tmp_path / "demo" / "seed0" / "distilled"
+    script("figures.py", "--run", run, "--method", "--log", run, "--out", tmp_path)
+    assert Image.open(tmp_path / "curves.png").size == (1600, 600)
     assert "</svg>" in (tmp_path / "method.svg").read_text()
     assert Image.open(tmp_path / "relations.png").size[0] > 800
 
