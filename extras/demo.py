@@ -1,14 +1,18 @@
-"""The whole method in minutes, without a GPU and without a network.
+"""The whole method in a few minutes, on two CPU cores, without a GPU and without a network.
 
     python extras/demo.py
 
 Draws pictures of ten shapes (extras/shapes.py). A student learns from the small MAE teacher of such
 pictures in assets/, without labels, and is then fine-tuned on a few labelled ones. For comparison,
-the same network is pre-trained with MAE, and trained from scratch, and the teacher is fine-tuned.
-A table and demo.png show it.
+the same network is pre-trained with MAE, for as long, and trained from scratch, and the teacher is
+fine-tuned. demo.png shows their accuracy, and how the patches of a picture relate.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import functools
+import multiprocessing
 import os
 import statistics
 import sys
@@ -17,9 +21,8 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
-from torchvision.utils import make_grid
 
 import data
 import finetune
@@ -28,126 +31,118 @@ import shapes
 import tinymim
 
 TEACHER = os.path.join(ROOT, "assets", "shapes_teacher.pth")
-PICTURES, LABELLED, VALIDATION = 10000, 2000, 1000  # of all ten shapes together
+UNLABELLED, LABELLED, VALIDATION = 8000, 2000, 1000  # pictures, of all ten shapes together
 STUDENT = "--dim 64 --depth 4 --heads 4"
 SIZES = "--patch-size 6 --img-size 36"
-DISTIL = ("--teacher {teacher} --teacher-block 6 --epochs 2 --warmup-epochs 0.2 --batch-size 64 "
-          "--blr 8e-3")
-# It takes as long.
-PRETRAIN = "--epochs 4 --batch-size 64 --blr 3e-3 --mask-ratio 0.6 --decoder 48 2 3"
-TUNE = "--epochs 8 --batch-size 32 --augment crop --crop-scale 0.5"
-STARTS = {  # fine-tuning, with the learning rate and layer decay that suit each best, of a handful
-    "scratch": f"--checkpoint none {STUDENT} {SIZES} --blr 5e-3 --layer-decay 1",
-    "MAE": "--checkpoint {mae} --blr 1e-2 --layer-decay 0.75",
-    "distilled": "--checkpoint {distilled} --blr 2e-2 --layer-decay 0.5",
-    "the teacher": "--checkpoint {teacher} --blr 1e-2 --layer-decay 0.5",
+DISTIL = (f"{STUDENT} --teacher {TEACHER} --teacher-block 6 --epochs 2 --warmup-epochs 0.2 "
+          "--batch-size 64 --blr 8e-3")
+PRETRAIN = (f"{STUDENT} {SIZES} --epochs 4 --batch-size 64 --blr 3e-3 --mask-ratio 0.6 "
+            "--decoder 48 2 3")  # takes as long as distillation
+TUNE = "--batch-size 32 --augment crop --crop-scale 0.5"
+# Fine-tuning, with rates that suit each best, of a handful tried on other seeds. The longest first.
+STARTS = {
+    "distilled": f"{TUNE} --epochs 8 --blr 2e-2 --layer-decay 0.5",
+    "MAE": f"{TUNE} --epochs 8 --blr 1e-2 --layer-decay 0.75",
+    "the teacher": f"{TUNE} --epochs 4 --blr 1e-2 --layer-decay 0.5",
+    "scratch": f"{TUNE} --epochs 8 --blr 5e-3 {STUDENT} {SIZES}",
 }
 
-def draw_pictures(folder):
-    """unlabelled/, and labelled/ with train/ and val/, unless an earlier demo has drawn them."""
-    if not os.path.exists(os.path.join(folder, "drawn")):
-        shapes.write(os.path.join(folder, "unlabelled"), PICTURES, seed=3)
-        shapes.write(os.path.join(folder, "labelled", "train"), LABELLED, seed=4)
-        shapes.write(os.path.join(folder, "labelled", "val"), VALIDATION, seed=5)
-        open(os.path.join(folder, "drawn"), "w").close()
+COLOURS = {"scratch": "#bbbbbb", "MAE": "#8fb4d9", "distilled": "#2563a8", "the teacher": "#777777"}
 
-def compare(out, pictures, seed):
-    """Pre-train and fine-tune: {name: top-1 after every epoch of fine-tuning}."""
-    common = ["--seed", str(seed), "--device", "cpu", "--workers", "1", *data.set_up_cpu()]
-    unlabelled = ["--data", os.path.join(pictures, "unlabelled"), *common]
-    labelled = ["--data", os.path.join(pictures, "labelled"), *common]
-    paths = {name: os.path.join(out, name, "last.pth") for name in ("distilled", "mae")}
-    paths["teacher"] = TEACHER
-    def words(options):
-        return [word.format(**paths) for word in options.split()]
+def draw_pictures(out):
+    """OUT/pictures/: unlabelled/, and labelled/ with train/ and val/."""
+    folder = os.path.join(out, "pictures")
+    shapes.write(os.path.join(folder, "unlabelled"), UNLABELLED, seed=3)
+    shapes.write(os.path.join(folder, "labelled", "train"), LABELLED, seed=4)
+    shapes.write(os.path.join(folder, "labelled", "val"), VALIDATION, seed=5)
 
-    print(f"\nSeed {seed}: distil a student, on {PICTURES} pictures without labels.", flush=True)
-    folder = os.path.join(out, "distilled")
-    tinymim.main([*words(f"{STUDENT} {DISTIL}"), "--out", folder, *unlabelled])
-    print("\nPre-train the same network with MAE, on the same pictures.", flush=True)
-    folder = os.path.join(out, "mae")
-    mae.main([*words(f"{STUDENT} {SIZES} {PRETRAIN}"), "--out", folder, *unlabelled])
-    curves = {}
-    for name, start in STARTS.items():
-        print(f"\nFine-tune on {LABELLED} labelled pictures: {name}.", flush=True)
-        folder = os.path.join(out, "finetune-" + name.replace(" ", "-"))
-        finetune.main([*words(f"{start} {TUNE}"), *labelled, "--out", folder])
-        history = tinymim.load_file(os.path.join(folder, "last.pth"))["history"]
-        curves[name] = [record["top1"] for record in history]
-    return curves
+def learn(name, out, seed):
+    """Pre-train and fine-tune one of STARTS, in a process of its own: top-1 after each epoch."""
+    common = ["--seed", str(seed), "--device", "cpu", "--workers", "0", *data.set_up_cpu()]
+    tinymim.decode = functools.cache(tinymim.decode)  # pictures as small fit in memory
+    folder = os.path.join(out, f"{name.split()[-1]}-{seed}")
+    unlabelled = ["--data", os.path.join(out, "pictures", "unlabelled"), "--out", folder, *common]
+    labelled = ["--data", os.path.join(out, "pictures", "labelled"), *common]
+    checkpoint = os.path.join(folder, "last.pth")
+    with open(os.path.join(out, "log.txt"), "a") as log, contextlib.redirect_stdout(log):
+        if name == "distilled":
+            tinymim.main([*DISTIL.split(), *unlabelled])
+        elif name == "MAE":
+            mae.main([*PRETRAIN.split(), *unlabelled])
+        else:
+            checkpoint = "none" if name == "scratch" else TEACHER
+        finetune.main(["--checkpoint", checkpoint, *STARTS[name].split(), *labelled,
+                       "--out", folder + "-finetuned"])
+    history = tinymim.load_file(os.path.join(folder + "-finetuned", "last.pth"))["history"]
+    return [record["top1"] for record in history]
 
 @torch.no_grad()
-def draw_maps(student_path, pictures):
-    """How the patch in the middle (red) of four pictures relates to the others, the mean over heads.
-    A row has a picture, and for q-q, k-k and v-v the teacher's and the student's map."""
-    student, teacher = tinymim.load_teacher(student_path), tinymim.load_teacher(TEACHER)
-    paths = tinymim.find_images(pictures)
-    crops = torch.stack([tinymim.decode(os.fsdecode(path))[:, 2:38, 2:38]
-                         for path in paths[::len(paths) // 4][:4]]) / 255
-    images, grid, heads = tinymim.normalize(crops), student.grid, student.config["relation_heads"]
-    patch = slice(grid // 2 * 6, grid // 2 * 6 + 6)
-    columns = [crops]
-    for i in range(3):  # q-q, k-k, v-v
-        for vit in (teacher, student):
-            qkv = vit.qkv_at(images, vit.depth)
-            heat = tinymim.log_relation(qkv[i], qkv[i], heads).exp().mean(1)[:, 1:, 1:]
-            heat = heat[:, (grid + 1) * (grid // 2)].clone()
-            heat[:, (grid + 1) * (grid // 2)] = 0  # to itself it relates far more strongly
-            heat = (heat / heat.amax(1, keepdim=True)).view(-1, 1, grid, grid)
-            heat = heat.repeat_interleave(6, 2).repeat_interleave(6, 3)  # a patch has 6 x 6 pixels
-            columns.append(heat.expand(-1, 3, -1, -1))
-    cells = torch.stack(columns, 1).flatten(0, 1).clone()  # (4 * 7, 3, 36, 36)
-    cells[:, :, patch, patch] = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
-    cells = cells.repeat_interleave(3, 2).repeat_interleave(3, 3)
-    return to_pil_image(make_grid(cells, nrow=7, padding=4, pad_value=1.0))
+def maps(vit, images, heads):
+    """How the patch in the middle of images (B, 3, H, W) relates to all: v-v, the mean over heads,
+    from 0 to 1, (B, 1, grid, grid)."""
+    v = vit.qkv_at(images, vit.depth)[2]
+    heat = tinymim.log_relation(v, v, heads).exp().mean(1)  # (B, N, N)
+    middle = (vit.grid + 1) * (vit.grid // 2)
+    heat = heat[:, 1 + middle, 1:].clone()  # without the class token
+    heat[:, middle] = 0  # to itself it relates far more strongly
+    return (heat / heat.amax(1, keepdim=True)).view(-1, 1, vit.grid, vit.grid)
 
-def chart(results, width, height=260):
-    """A picture of top-1 over the epochs of fine-tuning, a line for each network and seed."""
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
-    left, right, top, bottom = 60, width - 30, 30, height - 40
-    epochs = len(results[0]["scratch"])
-    best = max(max(curve) for curves in results for curve in curves.values())
-    highest = 10 * (int(best) // 10 + 1)
-
-    def point(epoch, percent):
-        x = left + (right - left) * (epoch - 1) / (epochs - 1)
-        return x, bottom - (bottom - top) * percent / highest
-
-    title = f"top-1 on {VALIDATION} new pictures, after each epoch on {LABELLED} labelled ones"
-    draw.text((left, 8), title, fill="black")
-    for percent in range(0, highest + 1, 10):
-        draw.line([point(1, percent), point(epochs, percent)], fill="#dddddd")
-        draw.text((left - 30, point(1, percent)[1] - 6), f"{percent}%", fill="black")
-    for epoch in range(1, epochs + 1):
-        draw.text((point(epoch, 0)[0] - 4, bottom + 6), str(epoch), fill="black")
-    for i, (name, colour) in enumerate(zip(STARTS, ("#ff7f0e", "#2ca02c", "#1f77b4", "#7f7f7f"))):
-        draw.text((left + 400 + 75 * i, 8), name, fill=colour)
-        for curves in results:
-            draw.line([point(*epoch) for epoch in enumerate(curves[name], 1)], fill=colour, width=3)
-    return picture
+def draw(results, out):
+    """demo.png: a bar for each of STARTS, and relation maps of teacher and student."""
+    font, small = ImageFont.load_default(22), ImageFont.load_default(16)
+    picture = Image.new("RGB", (1200, 560), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((30, 20), f"accuracy with {LABELLED} labels (%)", "black", font)
+    means = {name: statistics.mean(curve[-1] for curve in results[name]) for name in COLOURS}
+    for i, (name, top1) in enumerate(means.items()):
+        left, top, colour = 40 + 135 * i, 500 - 380 * top1 / max(means.values()), COLOURS[name]
+        pen.rectangle((left, top, left + 95, 500), colour)
+        pen.text((left + 48, top - 28), f"{top1:.0f}", "black", font, anchor="ma")
+        pen.text((left + 48, 510), name, "black", small, anchor="ma")
+    student = tinymim.load_teacher(os.path.join(out, "distilled-0", "last.pth")).eval()
+    teacher = tinymim.load_teacher(TEACHER).eval()
+    torch.manual_seed(0)  # as in the run
+    new = tinymim.ViT(student.dim, student.depth, student.heads, 6, 36)
+    paths = tinymim.find_images(os.path.join(out, "pictures", "labelled", "val"))
+    chosen = paths[len(paths) // 20::len(paths) // 4]
+    crops = [tinymim.decode(os.fsdecode(path))[:, 2:38, 2:38] for path in chosen]
+    crops = torch.stack(crops) / 255
+    images = tinymim.normalize(crops)
+    pen.text((640, 20), "how the patch in the middle relates to the others (v-v)", "black", font)
+    columns = {"picture": crops, "teacher": maps(teacher, images, 4),
+               "student before": maps(new, images, 4), "student after": maps(student, images, 4)}
+    for i, (title, cells) in enumerate(columns.items()):
+        pen.text((700 + 135 * i, 56), title, "black", small, anchor="ma")
+        for j, cell in enumerate(cells):
+            cell = to_pil_image(cell.expand(3, -1, -1)).resize((108, 108), Image.NEAREST)
+            left, top = 646 + 135 * i, 80 + 118 * j
+            picture.paste(cell, (left, top))
+            pen.rectangle((left + 54, top + 54, left + 72, top + 72), outline="red", width=2)
+    picture.save(os.path.join(out, "demo.png"))
 
 def demo(args):
-    began, pictures = time.time(), os.path.join(args.out, "pictures")
-    draw_pictures(pictures)
-    results = [compare(os.path.join(args.out, f"seed{seed}"), pictures, seed)
-               for seed in range(args.seeds)]
-    distilled = os.path.join(args.out, "seed0", "distilled", "last.pth")
-    relations = draw_maps(distilled, os.path.join(pictures, "labelled", "val"))
-    curves = chart(results, relations.width)
-    picture = Image.new("RGB", (relations.width, curves.height + relations.height), "white")
-    picture.paste(curves, (0, 0))
-    picture.paste(relations, (0, curves.height))
-    picture.save(os.path.join(args.out, "demo.png"))
+    began = time.time()
+    print(f"Four networks learn, two at a time: about three minutes on two cores with bf16, seven "
+          f"without\n(times {args.seeds} seeds). Details go to {args.out}/log.txt.", flush=True)
+    draw_pictures(args.out)
+    results = {name: [] for name in STARTS}
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(2, os.cpu_count()), spawn) as pool:
+        jobs = {pool.submit(learn, name, args.out, seed): name
+                for seed in range(args.seeds) for name in STARTS}
+        for job in concurrent.futures.as_completed(jobs):
+            results[jobs[job]].append(job.result())
+            print(f"{jobs[job]}: {job.result()[-1]:.1f}%", flush=True)
+    draw(results, args.out)
     print(f"\n| seeds: {args.seeds}, chance: 10% | top-1 on new pictures |\n|---|---|")
-    for name in STARTS:
-        last = [curves[name][-1] for curves in results]
+    for name in COLOURS:
+        last = [curve[-1] for curve in results[name]]
         deviation = f" ± {statistics.stdev(last):.1f}" if len(last) > 1 else ""
         print(f"| {name} | {statistics.mean(last):.1f}%{deviation} |")
-    print("\nFrom scratch, and after so little of MAE, this network stays at chance.")
-    print(f"{(time.time() - began) / 60:.1f} minutes. {args.out}/demo.png: the accuracy over the epochs,")
-    print("and how the patch in the middle (red) relates to the others: the picture, then teacher and")
-    print("student for q-q, k-k and v-v. Next: the same on photos, see README.md.")
+    print(f"\n{time.time() - began:.0f} seconds. The distilled student has copied its teacher's "
+          "relations, without labels.\nFrom scratch, or after as much of MAE, it stays at chance. "
+          f"See {args.out}/demo.png.\nNext, on photos: python extras/data.py && python tinymim.py "
+          "--student nano\n--teacher assets/cifar10_teacher.pth --data data/cifar10")
 
 def main(argv=None):
     parser = argparse.ArgumentParser("extras/demo.py", description="The method, on a CPU.")
@@ -159,8 +154,9 @@ def main(argv=None):
         tensors, _, config = tinymim.read_checkpoint(args.ship)
         half = {name: tensor.half() for name, tensor in tensors.items()}
         return torch.save({"model": half, "config": config}, TEACHER)
-    if os.path.exists(os.path.join(args.out, "seed0")):
-        sys.exit(f"extras/demo.py: error: {args.out} holds a demo: choose another --out")
+    if os.path.exists(args.out):
+        sys.exit(f"extras/demo.py: error: {args.out} exists: delete it, or choose another --out")
+    os.makedirs(args.out)
     tinymim.run(parser, demo, args)
 
 if __name__ == "__main__":

@@ -421,17 +421,16 @@ def test_the_demos_teacher_and_its_pictures(tmp_path):
 def test_the_demo_and_its_figures(tmp_path, monkeypatch, capsys):
     """With few pictures: all four rows, and what is drawn of them."""
     import demo
-    for name, count in (("PICTURES", 64), ("LABELLED", 40), ("VALIDATION", 20)):
+    for name, count in (("UNLABELLED", 64), ("LABELLED", 40), ("VALIDATION", 20)):
         monkeypatch.setattr(demo, name, count)
     demo.main(["--out", str(tmp_path / "demo")])
     printed = capsys.readouterr().out
-    assert all(f"| {name} | " in printed for name in demo.STARTS)
-    width, height = Image.open(tmp_path / "demo" / "demo.png").size
-    assert width > 700 and height > 600
-    with pytest.raises(SystemExit, match="holds a demo"):
+    assert all(f"| {name} | " in printed for name in demo.STARTS) and "finished" not in printed
+    assert Image.open(tmp_path / "demo" / "demo.png").size == (1200, 560)
+    with pytest.raises(SystemExit, match="exists: delete it"):
         demo.main(["--out", str(tmp_path / "demo")])
     pytest.importorskip("matplotlib")
-    run = tmp_path / "demo" / "seed0" / "distilled"
+    run = tmp_path / "demo" / "distilled-0"
     script("figures.py", "--run", run, "--method", "--log", run, "--out", tmp_path)
     assert Image.open(tmp_path / "curves.png").size == (1600, 600)
     assert "</svg>" in (tmp_path / "method.svg").read_text()
