@@ -271,11 +271,11 @@ def print_content(args, path):
             for pair, share in zip(("qq", "kk", "vv", "qk"), row):
                 data.results(path, f"content/{name}/{block} {pair}", share)
 
-def ship(checkpoint):
-    """assets/cifar10_teacher.pth: the checkpoint of a new teacher, in float16."""
+def ship(checkpoint, path=SHIPPED):
+    """A teacher's checkpoint in float16, its weights and config alone, for assets/."""
     tensors, _, config = tinymim.read_checkpoint(checkpoint)
     half = {name: tensor.half() for name, tensor in tensors.items()}
-    torch.save({"model": half, "config": config}, SHIPPED)
+    torch.save({"model": half, "config": config}, path)
 
 def study(args):
     if args.ship:

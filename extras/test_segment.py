@@ -15,7 +15,6 @@ import functools
 import http.server
 import math
 import shutil
-import subprocess
 import sys
 import threading
 
@@ -31,25 +30,11 @@ import finetune_distilled
 import segment
 import shapes
 import tinymim
-from test_tinymim import SMALL, WIDER, load, same
+from test_extras import script, teacher_file  # the second is a fixture
+from test_tinymim import SMALL, load, same
 from tinymim import UserError, ViT
 
 TINY = SMALL | dict(num_classes=5, channels=8)  # a Segmenter that a test can train
-
-@pytest.fixture(scope="module")
-def teacher_file(tmp_path_factory):
-    """A small ViT that MAE could have left."""
-    torch.manual_seed(0)
-    path, vit = tmp_path_factory.mktemp("teacher") / "teacher.pth", ViT(**WIDER)
-    torch.save({"model": vit.state_dict(), "config": vit.config}, path)
-    return path
-
-def script(name, *options, launcher=()):
-    """Run a script of extras/ in a process of its own. Returns what it printed."""
-    command = [sys.executable, *launcher, os.path.join(HERE, name), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 def draw(folder, training, validation):
     """Photos and label maps of shapes, 32 pixels wide."""
