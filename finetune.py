@@ -131,8 +131,8 @@ def rand_augment(image, magnitude):
 
 def read_folder(folder):
     """A folder of class folders to (paths, an array of bytes; labels; names of the classes)."""
-    classes = sorted(entry.name for entry in os.scandir(folder)
-                     if entry.is_dir() and not entry.name.startswith("."))
+    folders = next(os.walk(folder), (folder, []))[1]  # none, if there is no such folder
+    classes = sorted(name for name in folders if not name.startswith("."))
     if len(classes) < 2:
         raise UserError(f"{folder} should hold a folder of images for each class, two at least")
     paths = [tinymim.find_images(os.path.join(folder, name)) for name in classes]
@@ -232,16 +232,14 @@ def parameter_groups(model, weight_decay, layer_decay):
 
 # ---- 4. Evaluation ------------------------------------------------------------------------------
 
-def make_eval_loader(paths, labels, transform, args):
-    """This process's share of the images: none is left out, and none counts twice."""
-    return DataLoader(ImageDataset(paths, transform, labels=labels), args.batch_size,
-                      sampler=range(RANK, len(paths), WORLD), num_workers=args.workers,
-                      pin_memory=args.device == "cuda")
-
 @torch.no_grad()
-def evaluate(model, loader, args):
-    """{"top1": percent, "val_loss": mean cross-entropy} of the images of all processes."""
+def evaluate(model, paths, labels, args, transform=None):
+    """{"top1": percent, "val_loss": mean cross-entropy} of images, or of their middles."""
     model.eval()
+    dataset = ImageDataset(paths, transform or eval_transform(model.img_size), labels=labels)
+    # Each process takes its share: no image is left out, and none counts twice.
+    loader = DataLoader(dataset, args.batch_size, sampler=range(RANK, len(paths), WORLD),
+                        num_workers=args.workers, pin_memory=args.device == "cuda")
     sums = torch.zeros(2, device=args.device)
     for batch in loader:
         crops, labels = (tensor.to(args.device, non_blocking=True) for tensor in batch)
@@ -252,24 +250,17 @@ def evaluate(model, loader, args):
         sums += torch.stack([right, loss])
     if WORLD > 1:
         dist.all_reduce(sums)
-    top1, loss = (sums / len(loader.dataset)).tolist()
+    top1, loss = (sums / len(paths)).tolist()
     return {"top1": 100 * top1, "val_loss": loss}
 
-def print_evaluation(args, checkpoint):
+def print_accuracy(args, model):
     """--eval: the accuracy on --data's val/, or on the class folders in --data itself."""
     folder = tinymim.image_folder(args.data, "val")
     paths, labels, classes = read_folder(folder)
-    tensors, sizes, config = checkpoint
-    if "head.weight" not in tensors or "head_dist.weight" in tensors:
-        raise UserError(f"{args.checkpoint} does not have one head: fine-tune it first. If it has "
-                        "two, extras/finetune_distilled.py evaluates it")
-    # MAE's fine-tuned checkpoints do not tell their classes.
-    if classes != (config.get("classes") or classes):
+    if classes != model.config["classes"]:
         raise UserError(f"{folder} has other classes than {args.checkpoint}. If it has some of "
                         "them, as ImageNet-R does: extras/robustness.py")
-    model = build(args, checkpoint, classes, new=()).to(args.device)
-    loader = make_eval_loader(paths, labels, eval_transform(model.img_size), args)
-    result = evaluate(model, loader, args)
+    result = evaluate(model.to(args.device), paths, labels, args)
     if RANK == 0:
         print(f"{args.checkpoint} on the {len(paths)} images in {folder}: "
               f"top-1 {result['top1']:.3f}%, loss {result['val_loss']:.4f}")
@@ -281,7 +272,13 @@ def train(args, build_model=build, make_objective=Supervised):
     checkpoint = settle(args)
     tinymim.setup(args)
     if args.eval:
-        return print_evaluation(args, checkpoint)
+        tensors, sizes, config = checkpoint
+        if "head.weight" not in tensors or "head_dist.weight" in tensors:
+            raise UserError(f"{args.checkpoint} does not have one head: fine-tune it first. If it "
+                            "has two, extras/finetune_distilled.py evaluates it")
+        # MAE's fine-tuned checkpoints do not tell their classes.
+        classes = config.get("classes") or read_folder(tinymim.image_folder(args.data, "val"))[2]
+        return print_accuracy(args, build(args, checkpoint, classes, new=()))
     folder = tinymim.image_folder(args.data)
     paths, labels, classes = read_folder(os.path.join(folder, "train"))
     val_paths, val_labels, val_classes = read_folder(os.path.join(folder, "val"))
@@ -290,13 +287,12 @@ def train(args, build_model=build, make_objective=Supervised):
     model = build_model(args, checkpoint, classes).to(args.device)
     dataset = ImageDataset(
         paths, train_transform(model.img_size, args.crop_scale, args.augment), args.seed, labels)
-    val_loader = make_eval_loader(val_paths, val_labels, eval_transform(model.img_size), args)
-    evaluate(model, val_loader, args)  # finds broken files now, not after an epoch
+    evaluate(model, val_paths, val_labels, args)  # finds broken files now, not after an epoch
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
 
     def evaluate_epoch(epoch):
         due = epoch % args.eval_every == 0 or epoch == args.epochs
-        return evaluate(model, val_loader, args) if due else {}
+        return evaluate(model, val_paths, val_labels, args) if due else {}
 
     tinymim.fit(make_objective(model, args).to(args.device), dataset,
                 Augment(len(classes), args.augment),

@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -521,7 +522,8 @@ tinymim.dist.barrier()
 destroy()
 """
 
-def test_two_processes_and_accumulation_are_one_large_batch(distil, tune, tmp_path, monkeypatch, capsys):
+def test_two_machines_and_accumulation_are_one_large_batch(distil, tune, tmp_path, monkeypatch, capsys):
+    """Both machines are this one: torchrun is started twice, with a process each."""
     distil, tune = ([*options, "--drop-path=0", "--blr=5"] for options in (distil, tune + ["--augment=crop"]))
     whole, tuned, a, b, c = (f"--out={tmp_path}/{name}" for name in "whole tuned a b c".split())
     jobs = [("tinymim", [*distil, "--batch-size=4", a]),
@@ -529,11 +531,16 @@ def test_two_processes_and_accumulation_are_one_large_batch(distil, tune, tmp_pa
             ("finetune", [*tune, "--batch-size=4", c]),
             ("finetune", [*tune, "--eval", f"--checkpoint={tmp_path}/c/best.pth"])]
     (tmp_path / "launch.py").write_text(LAUNCHER)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
     torchrun += [tmp_path / "launch.py", json.dumps(jobs)]
-    done = subprocess.run(torchrun, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    machines = [subprocess.Popen(torchrun, **pipes) for _ in range(2)]
+    printed, errors = zip(*[machine.communicate() for machine in machines])
+    assert [machine.returncode for machine in machines] == [0, 0], errors
     monkeypatch.setattr(tinymim, "color_jitter", lambda images, order, factors: images)
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups))
     tinymim.main([*distil, whole])
@@ -544,7 +551,7 @@ def test_two_processes_and_accumulation_are_one_large_batch(distil, tune, tmp_pa
         same(part["log"], whole["log"], rtol=1e-5)
     capsys.readouterr()
     finetune.main(jobs[-1][1])
-    assert capsys.readouterr().out.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert capsys.readouterr().out.splitlines()[-1] == "".join(printed).splitlines()[-1]
 
 def forked(main, options, seconds=None, step=None):
     """main(options) in a forked process, killed after so many seconds, or before or after an os.replace()."""

@@ -424,7 +424,7 @@ def load_file(path):
 
 def read_checkpoint(source, heads=None):
     """{name: tensor} of a file or a name in TEACHERS, the ViT arguments they imply, our config."""
-    if source not in TEACHERS and not os.path.exists(source):
+    if source not in TEACHERS and not os.path.isfile(source):
         raise UserError(f"there is no file {source}; known by name are {', '.join(TEACHERS)}")
     content = load_file(download(TEACHERS[source]) if source in TEACHERS else source)
     try:
@@ -456,7 +456,8 @@ def load_weights(vit, tensors, source):
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], vit.grid)
         vit.load_state_dict(tensors)
     except (RuntimeError, IndexError) as error:
-        raise UserError(f"{source} is no plain ViT: {' '.join(str(error).split())[:200]}")
+        raise UserError(f"{source} is not a ViT for square images with one class token, and no "
+                        f"more: {' '.join(str(error).split())[:200]}")
 
 def resize_pos_embed(pos_embed, grid):
     """Position embeddings (1, 1 + g², dim) resized to (1, 1 + grid², dim), as MAE does it."""
@@ -496,8 +497,7 @@ def load_run(args, objective, optimizer, scaler):
     return saved["history"]
 
 def save_run(args, objective, optimizer, scaler, history):
-    """Write log.jsonl, best.pth (if the newest "top1" is the best) and last.pth, in this order: a
-    kill in between repeats an epoch at worst. Checkpoints are whole at any time."""
+    """Write log.jsonl, best.pth and last.pth, in this order: a kill repeats an epoch at worst."""
     if RANK > 0:
         return
     print("  ".join(f"{name} {value:.5g}" for name, value in history[-1].items()), flush=True)
@@ -525,7 +525,8 @@ def image_folder(data, split=""):
         archive = download("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz")
         with tempfile.TemporaryDirectory(dir=".") as partial:  # the folder appears when it is whole
             extract_archive(archive, partial)
-            os.renames(os.path.join(partial, "imagenette2-320"), folder)
+            if not os.path.isdir(folder):  # another machine may share the disk, and be faster
+                os.renames(os.path.join(partial, "imagenette2-320"), folder)
     inside = os.path.join(folder, split)
     return inside if os.path.isdir(inside) else folder
 
@@ -551,8 +552,7 @@ def find_images(folder):
 def decode(path):
     """An image file as uint8 RGB (3, H, W)."""
     try:
-        # Pillow looks first: it refuses pictures of absurd size, and starts no other programs for
-        # these formats. torchvision is faster, but its decoder of PNGs crashes on damaged files.
+        # Pillow refuses absurd sizes. torchvision is faster, but crashes on damaged PNGs.
         with Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF")) as image:
             if image.format == "JPEG" and decode_jpeg:
                 return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), mode="RGB")

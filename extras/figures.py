@@ -3,7 +3,7 @@
     python extras/figures.py --run runs/tiny            (relations.png; --method: the README's, too)
     python extras/figures.py --log runs/tiny runs/x     (curves.png: loss and accuracy over epochs)
     python extras/figures.py --speed speed.json         (of extras/benchmark.py --json: speed.svg)
-    python extras/figures.py --results results.json     (of extras/study.py, Table 8: results.png)
+    python extras/figures.py --results results.json     (of extras/study.py --curve: lengths.svg)
 
 They are written beside what they show, or to --out. --data: photos for --run, instead of its own.
 """
@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tinymim
-from study import ROWS, of_seeds
+from study import CURVES, LENGTHS, of_seeds
 
 try:
     import matplotlib.pyplot as plt
@@ -141,21 +141,45 @@ def draw_bars(panels, path):
         cell.set_title(title, loc="left")
     figure.savefig(path, metadata={"Date": None})
 
+def draw_lengths(found, path):
+    """Accuracy after fine-tuning against epochs of distillation: mean, deviation."""
+    titles = {"few": "5,000 labels", "all": "all 50,000 labels"}
+    titles = {labels: title for labels, title in titles.items()
+              if any(key.startswith(labels) for key in found)}
+    figure, panels = plt.subplots(1, len(titles), figsize=(4.5 * len(titles), 3), squeeze=False,
+                                  layout="constrained")
+    for axes, (labels, title) in zip(panels.flat, titles.items()):
+        for (name, spec), color in zip(CURVES.items(), (BLUE, "#6aaed6", ORANGE, "gray")):
+            tops = {epochs: of_seeds(found, labels, f"{spec} --epochs {epochs}")
+                    for epochs in LENGTHS}
+            tops = {epochs: values for epochs, values in tops.items() if values}
+            errors = [stdev(values) if len(values) > 1 else 0 for values in tops.values()]
+            axes.errorbar(list(tops), [mean(values) for values in tops.values()], errors,
+                          label=name, color=color, marker="o", markersize=3, capsize=2)
+        axes.set(xscale="log", xlabel="epochs of distillation", ylabel="top-1 (%)", title=title)
+        axes.set_xticks(LENGTHS, LENGTHS)
+        axes.minorticks_off()
+        axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+
 def draw_curves(folders, path):
     """log.jsonl of some runs: all losses, and accuracy if it was measured, over the epochs."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    curves = {"loss": {}, "top-1 (%)": {}}
     for folder in folders:
         with open(os.path.join(folder, "log.jsonl")) as file:
             log = [json.loads(line) for line in file]
-        for name in sorted(log[0].keys() - {"epoch", "lr", "images/s"}):
-            points = [(record["epoch"], record[name]) for record in log if name in record]
+        for name in sorted((log[0].keys() | log[-1].keys()) - {"epoch", "lr", "images/s"}):
             label = f"{os.path.basename(os.path.normpath(folder))}: {name}"
-            (right if name == "top1" else left).plot(*zip(*points), label=label)
-    left.set(xlabel="epoch", ylabel="loss")
-    right.set(xlabel="epoch", ylabel="top-1 (%)")
-    for axes in (left, right):
-        if axes.lines:
-            axes.legend(fontsize=6)
+            points = [(record["epoch"], record[name]) for record in log if name in record]
+            curves["top-1 (%)" if name == "top1" else "loss"][label] = points
+    curves = {title: lines for title, lines in curves.items() if lines}
+    figure, panels = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False,
+                                  layout="constrained")
+    for axes, (title, lines) in zip(panels.flat, curves.items()):
+        for label, points in lines.items():
+            axes.plot(*zip(*points), label=label, marker="." if len(points) == 1 else None)
+        axes.set(xlabel="epoch", ylabel=title)
+        axes.legend(fontsize=6)
     figure.savefig(path)
 
 def draw(args):
@@ -179,12 +203,7 @@ def draw(args):
             for key, column in columns.items() if key in speed}
         draw_bars(panels, os.path.join(out, "speed.svg"))
     if args.results:
-        found, panels = json.load(open(args.results)), {}
-        for labels, title in (("few", "a tenth of the labels"), ("all", "all labels")):
-            bars = {row: of_seeds(found, labels, spec) for table, row, spec, _ in ROWS
-                    if table == "T8" and of_seeds(found, labels, spec)}
-            panels |= {f"top-1 (%), {title}": bars} if bars else {}
-        draw_bars(panels, os.path.join(out, "results.png"))
+        draw_lengths(json.load(open(args.results)), os.path.join(out, "lengths.svg"))
     print(f"drawn into {out}")
 
 def main(argv=None):

@@ -135,16 +135,7 @@ def evaluate(args):
     """--eval, for one head or two."""
     checkpoint = finetune.settle(args)
     tinymim.setup(args)
-    model = load_classifier(args, checkpoint)
-    paths, labels, classes = finetune.read_folder(tinymim.image_folder(args.data, "val"))
-    if classes != model.config["classes"]:
-        raise UserError(f"{args.data} has other classes than {args.checkpoint}. If it has some of "
-                        "them, as ImageNet-R does: extras/robustness.py")
-    middle = finetune.eval_transform(model.img_size)
-    result = finetune.evaluate(model, finetune.make_eval_loader(paths, labels, middle, args), args)
-    if tinymim.RANK == 0:
-        print(f"{args.checkpoint} on the {len(paths)} images in {args.data}: "
-              f"top-1 {result['top1']:.3f}%, loss {result['val_loss']:.4f}")
+    finetune.print_accuracy(args, load_classifier(args, checkpoint))
 
 def main(argv=None):
     parser = finetune.make_parser("extras/finetune_distilled.py", __doc__)

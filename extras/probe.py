@@ -45,29 +45,26 @@ def train(args):
     if args.batch_size == 1 and not args.eval:
         raise UserError("--batch-size 1 has no statistics for the batch norm: 2 or more")
     tinymim.setup(args)
+    if args.eval:
+        classes = checkpoint[2].get("classes")
+        if classes is None:
+            raise UserError(f"{args.checkpoint} is not of this script: run it without --eval first")
+        model = finetune.build(args, checkpoint, classes, Probe, new=())
+        return finetune.print_accuracy(args, model)
+    paths, labels, classes = finetune.read_folder(
+        os.path.join(tinymim.image_folder(args.data), "train"))
     folder = tinymim.image_folder(args.data, "val")
     val_paths, val_labels, val_classes = finetune.read_folder(folder)
-    classes = checkpoint[2].get("classes") or val_classes
-    if not args.eval:
-        train_folder = os.path.join(tinymim.image_folder(args.data), "train")
-        paths, labels, classes = finetune.read_folder(train_folder)
     if val_classes != classes:
-        raise UserError(f"{folder} has other classes than {args.checkpoint} or train/")
-    model = finetune.build(args, checkpoint, classes, Probe, new=() if args.eval else ("head",))
-    model.to(args.device)
-    middle = finetune.eval_transform(model.img_size)
-    val_loader = finetune.make_eval_loader(val_paths, val_labels, middle, args)
+        raise UserError(f"{folder} has other classes than train/")
+    model = finetune.build(args, checkpoint, classes, Probe, new=("head",)).to(args.device)
 
     def evaluate(epoch):
         for buffer in model.buffers() if WORLD > 1 else ():
             torch.distributed.broadcast(buffer, 0)  # process 0's, which is saved, counts for all
-        return finetune.evaluate(model, val_loader, args)
+        return finetune.evaluate(model, val_paths, val_labels, args)
 
-    result = evaluate(0)  # before training: it finds broken files
-    if args.eval:
-        if RANK == 0:
-            print(f"{folder}: top-1 {result['top1']:.3f}%, loss {result['val_loss']:.4f}")
-        return
+    evaluate(0)  # before training: it finds broken files
     crop = finetune.train_transform(model.img_size, args.crop_scale, args.augment)
     augment = finetune.Augment(len(classes), args.augment)
     optimizer = torch.optim.SGD(model.head.parameters(), 0.0, 0.9, weight_decay=args.weight_decay)

@@ -39,30 +39,28 @@ mean error: for ViT-B, MAE has 51.7, which as an mCE is an error of about 41; Ta
 | S | 79.9, 80.6, 83.0 | 18.3, 20.1, 27.5 | 42.3, 45.6, 48.8 | 41.4, 40.6, 35.8 | |
 | B | 81.2, 83.6, 85.0 | 25.8, 33.6, 43.0 | 45.4, 50.0, 54.6 | 36.8, 37.8, 32.7 | |"""
 
-def top1(model, args, folder, transform):
+def top1(model, args, folder, transform=None):
     """Percent of the images in `folder` that are classified correctly, among its classes."""
     paths, labels, classes = finetune.read_folder(folder)
     known = model.config["classes"]
     for name in set(classes) - set(known):
         raise UserError(f"{folder} has the class {name}, which the model does not know")
     columns = [known.index(name) for name in classes]
-    loader = finetune.make_eval_loader(paths, labels, transform, args)
     with model.register_forward_hook(lambda module, images, logits: logits[:, columns]):
-        return finetune.evaluate(model, loader, args)["top1"]
+        return finetune.evaluate(model, paths, labels, args, transform)["top1"]
 
 def evaluate(args):
     tinymim.setup(args)
     tensors, sizes, config = tinymim.read_checkpoint(args.checkpoint, args.heads)
     sizes["img_size"] = args.img_size or sizes["img_size"]
     model = load_classifier(args, (tensors, sizes, config))
-    middle = finetune.eval_transform(model.img_size)
     # ImageNet-C's images are the middles already: nothing is cut off.
     resize = v2.Resize(model.img_size, interpolation=finetune.BICUBIC)
     whole = v2.Compose([resize, v2.CenterCrop(model.img_size)])
     row, missing, errors = [args.checkpoint], [], {}
     for folder in (args.imagenet, args.imagenet_a, args.imagenet_r):
         found = os.path.isdir(folder)
-        row.append(f"{top1(model, args, folder, middle):.1f}" if found else "-")
+        row.append(f"{top1(model, args, folder):.1f}" if found else "-")
         missing += [] if found else [folder]
     for name in ALEXNET:
         folders = [os.path.join(args.imagenet_c, name, str(severity)) for severity in range(1, 6)]

@@ -27,32 +27,36 @@ SHAPES = {  # inside the shape or not, for coordinates in [-1, 1]², x to the ri
     "star": lambda x, y: np.hypot(x, y) * (1 - 0.42 * np.cos(5 * np.arctan2(y, x))) < 0.6,
 }
 
-def draw(shape, random, size):
+def draw(shape, random, size, easy=False):
     """A picture of `shape`, uint8 (size, size, 3), and where the shape is, bool (size, size). It is drawn at
-    twice the size, and so has smooth edges."""
+    twice the size, and so has smooth edges. easy: it is larger, turned by at most 45 degrees, and
+    lighter than its ground."""
     y, x = (np.mgrid[:2 * size, :2 * size] + 0.5) / size - 1  # (2 size, 2 size) each, in [-1, 1]
     turn, split = random.uniform(0, 2 * np.pi, 2)
     radius = random.uniform(0.35, 0.7)
+    if easy:
+        turn, radius = (turn - np.pi) / 4, random.uniform(0.45, 0.75)
     cx, cy = random.uniform(-0.9 + radius, 0.9 - radius, 2)
     u, v = (x - cx) / radius, (y - cy) / radius
     inside = SHAPES[shape](np.cos(turn) * u - np.sin(turn) * v, np.sin(turn) * u + np.cos(turn) * v)
     ground = np.cos(split) * x + np.sin(split) * y > random.uniform(-0.5, 0.5)
     while True:
         colours = random.uniform(0, 255, (3, 3))
-        if abs(colours[2] - colours[:2]).max(axis=1).min() > 100:  # the shape stands out from both grounds
+        contrast = colours[2] - colours[:2]  # of the shape to both grounds: it stands out
+        if easy and contrast.mean(axis=1).min() > 60 or not easy and abs(contrast).max(axis=1).min() > 100:
             break
     picture = colours[np.where(inside, 2, ground.astype(int))]
     picture = picture.reshape(size, 2, size, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
     return picture, inside.reshape(size, 2, size, 2).mean(axis=(1, 3)) >= 0.5
 
-def write(folder, count, seed, size=40):
+def write(folder, count, seed, size=40, easy=False):
     """Draw `count` pictures, as many of each shape, into folder/SHAPE/N.png."""
     random, names = np.random.RandomState(seed), list(SHAPES)
     for name in names:
         os.makedirs(os.path.join(folder, name), exist_ok=True)
     for i in range(count):
         name = names[i % len(names)]
-        picture = Image.fromarray(draw(name, random, size)[0])
+        picture = Image.fromarray(draw(name, random, size, easy)[0])
         picture.save(os.path.join(folder, name, f"{i}.png"), compress_level=1)
 
 def write_segmentation(folder, split, count, seed, size=40):

@@ -34,6 +34,9 @@ NETWORKS = {  # width, depth, heads
     "teacher": (192, 6, 6), "assistant": (144, 5, 6), "student": (96, 4, 3), "deep": (96, 12, 3)}
 SMALLEST = {
     "teacher": (24, 6, 6), "assistant": (12, 5, 3), "student": (12, 4, 3), "deep": (12, 12, 3)}
+LENGTHS = 1, 3, 10, 30  # epochs of distillation
+CURVES = {"relation (qk vv)": "--relations qk vv", "relation (vv)": "--relations vv",
+          "feature": "--target output", "MAE": "mae"}
 # Table, row, how its student is pre-trained (options of targets.py, or words), top-1 in the paper
 # (ViT-B; in Tables 8 and 11 ViT-T). A table's first row is what the others are compared with. The
 # teacher has 6 blocks: 3, 4, 5 and 6 stand for the paper's 12, 15, 21 and 24 of 24. Words: mae and
@@ -76,14 +79,12 @@ ROWS = (
     ("T11", "teacher → student", "", 74.4),
     # Hypothesis 1: relations converge more slowly. MAE has 10/3 of the epochs, which take as long.
     *(("length", f"{name}, {epochs} epochs", f"{spec} --epochs {epochs}", None)
-      for epochs in (1, 3, 10, 30)
-      for name, spec in (("relation (qk vv)", "--relations qk vv"), ("feature", "--target output"),
-                         ("MAE", "mae"))),
-    # Hypothesis 2: relations that say more about the photo teach better.
-    *(("content", f"{pairs}, block {block}",
-       f"--relations {pairs} --teacher-block {block} --epochs 3", None)
-      for pairs, block in (("vv", 5), ("qk", 5), ("qq kk", 5), ("qk vv", 5), ("qq kk vv", 5),
-                           ("vv", 3), ("vv", 4), ("vv", 6))),
+      for epochs in LENGTHS for name, spec in CURVES.items()),
+    # Hypothesis 2: relations that say more about the photo teach better. The teacher's block is 5.
+    *(("content", pairs, f"--relations {pairs} --epochs 3", None)
+      for pairs in ("qk vv", "qq kk vv", "vv", "qk", "qq kk")),
+    *(("content", f"vv, block {block}", f"--relations vv --teacher-block {block} --epochs 3", None)
+      for block in (3, 4, 6)),
     # Hypothesis 3: of 12 blocks, relations leave a twelfth half trained; of 4 blocks, a quarter.
     ("depth", "relation (qk vv), 12 blocks", "deep --relations qk vv --epochs 3", None),
     ("depth", "relation (vv), 12 blocks", "deep --relations vv --epochs 3", None),
@@ -238,17 +239,19 @@ def content(teacher, photos):
     """
     shares = {}
     for block in range(1, teacher.depth + 1):
-        for a, b in ("qq", "kk", "vv", "qk"):
-            total, squares = 0, 0
-            for batch in photos.split(50):
-                qkv = dict(zip("qkv", teacher.qkv_at(tinymim.normalize(batch / 255), block)))
+        totals, squares = {}, {}
+        for batch in photos.split(50):
+            qkv = dict(zip("qkv", teacher.qkv_at(tinymim.normalize(batch / 255), block)))
+            for pair in ("qq", "kk", "vv", "qk"):
+                a, b = pair
                 relation = tinymim.log_relation(qkv[a], qkv[b], teacher.heads).exp().double()
-                total = total + relation.sum(0)  # (h, N, N)
-                squares = squares + relation.square().sum((0, 3))  # (h, N)
+                totals[pair] = totals.get(pair, 0) + relation.sum(0)  # (h, N, N)
+                squares[pair] = squares.get(pair, 0) + relation.square().sum((0, 3))  # (h, N)
+        for pair, total in totals.items():
             N = total.shape[2]
             of_mean = (total / len(photos)).square().mean(2) - 1 / N**2
-            of_all = squares / (len(photos) * N) - 1 / N**2
-            shares[block, a + b] = (1 - of_mean / of_all).mean().item()
+            of_all = squares[pair] / (len(photos) * N) - 1 / N**2
+            shares[block, pair] = (1 - of_mean / of_all).mean().item()
     return shares
 
 def print_content(args, path):
@@ -313,10 +316,12 @@ def study(args):
     for labels in args.labels:
         for seed, spec in [(seed, spec) for seed in args.seeds for spec in specs]:
             method, found = method_of(spec), data.results(path)
-            longer = labels == "tune" and args.tune_epochs > 1
+            longer = "--epochs 10" in spec or "--epochs 30" in spec  # than the first tuning
+            if labels == "tune":
+                longer = args.tune_epochs > 1
             rates = rates_to_try(method, found if longer else None)
             if labels != "tune":
-                rates = [best_rates(method, found, rates, "tune")]
+                rates = [best_rates(method, found, rates, "tune10" if longer else "tune")]
             for pair in rates:
                 if "assistant" in spec:
                     pretrain(args, "", os.path.join(args.out, "assistant"), 0, pair[0], "assistant")

@@ -37,6 +37,12 @@ from tinymim import UserError, ViT, relation_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # leaving torchvision
 
+@pytest.fixture(autouse=True)
+def usual_attention(monkeypatch):
+    """The study and the demo put another in its place: undo that after each test."""
+    usual = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", usual)
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Drawn shapes: train/ of 40, and test/ of 20, in ten classes."""
@@ -350,6 +356,17 @@ def test_cifar10_as_files_and_a_missing_folder(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="No such file or directory"):
         study.main(["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out")])
 
+def test_attention_on_a_cpu_is_the_usual():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 17, 8, dtype=torch.float64)
+    usual = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    same(data.attention(q, k, v), usual, atol=1e-12)
+    data.set_up_cpu()
+    vit, images = ViT(**SMALL), torch.randn(1, 3, 32, 32)
+    with patch("math.sqrt", return_value=1.0):  # it is this attention that runs
+        changed = vit(images)
+    assert not changed.allclose(vit(images))
+
 def test_results_keep_what_others_wrote(tmp_path):
     path = str(tmp_path / "results.json")
     data.results(path, "few//0", 50.0)
@@ -372,6 +389,12 @@ def test_rows_of_one_method_share_their_rates():
     for spec in ("--teacher assistant", "--relations qk vv"):
         assert study.method_of(spec) == "relation"
     assert {len(study.rates_to_try(name)) for name in study.METHODS if name != "teacher"} == {8}
+    found = {"tune/feature/0.008 0.008": 60.0, "tune/feature/0.016 0.008": {"top1": 61.0}}
+    longer = study.rates_to_try("feature", found)
+    assert longer == [(0.016, 0.008), (0.008, 0.008), (0.032, 0.008)]
+    assert study.best_rates("feature", found, longer, "tune10") == longer[0]  # none tried yet
+    found["tune10/feature/0.008 0.008"] = 70.0
+    assert study.best_rates("feature", found, longer, "tune10") == longer[1]
 
 def test_every_row_of_the_study_works(tmp_path):
     """At its smallest; what is finished is not run again."""
@@ -421,8 +444,8 @@ def test_the_demos_teacher_and_its_pictures(tmp_path):
 def test_the_demo_and_its_figures(tmp_path, monkeypatch, capsys):
     """With few pictures: all four rows, and what is drawn of them."""
     import demo
-    for name, count in (("UNLABELLED", 64), ("LABELLED", 40), ("VALIDATION", 20)):
-        monkeypatch.setattr(demo, name, count)
+    few = {name: (count // 40, *more) for name, (count, *more) in demo.PICTURES.items()}
+    monkeypatch.setattr(demo, "PICTURES", few)
     demo.main(["--out", str(tmp_path / "demo")])
     printed = capsys.readouterr().out
     assert all(f"| {name} | " in printed for name in demo.STARTS) and "finished" not in printed
@@ -431,8 +454,11 @@ def test_the_demo_and_its_figures(tmp_path, monkeypatch, capsys):
         demo.main(["--out", str(tmp_path / "demo")])
     pytest.importorskip("matplotlib")
     run = tmp_path / "demo" / "distilled-0"
-    script("figures.py", "--run", run, "--method", "--log", run, "--out", tmp_path)
-    assert Image.open(tmp_path / "curves.png").size == (1600, 600)
+    tuned = tmp_path / "demo" / "distilled-0-finetuned"
+    script("figures.py", "--run", run, "--method", "--log", run, tuned, "--out", tmp_path,
+           "--results", os.path.join(os.path.dirname(HERE), "assets", "cifar10_relations.json"))
+    assert "</svg>" in (tmp_path / "lengths.svg").read_text()
+    assert Image.open(tmp_path / "curves.png").size == (1600, 600)  # losses, and accuracy
     assert "</svg>" in (tmp_path / "method.svg").read_text()
     assert Image.open(tmp_path / "relations.png").size[0] > 800
 

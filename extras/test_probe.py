@@ -81,7 +81,7 @@ def test_what_it_refuses(options, checkpoint, pictures, tmp_path):
     torch.save(content, tmp_path / "student.pth")
     fails(probe.main, [*options, "--checkpoint", str(tmp_path / "student.pth")], "was distilled")
     fails(probe.main, [*options, "--batch-size", "1"], "--batch-size 1")
-    fails(probe.main, [*options, "--eval"], "head.weight")
+    fails(probe.main, [*options, "--eval"], "is not of this script")
     assert not os.path.exists(tmp_path / "run")
 
     probe.main([*options, "--epochs", "1"])
