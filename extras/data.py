@@ -1,4 +1,4 @@
-"""For study.py and demo.py: CIFAR-10 as files (python extras/data.py), splits, results, settings."""
+"""For study.py and demo.py: CIFAR-10 as files (python extras/data.py), splits, results, CPUs."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def set_up_cpu():
     return ["--amp", "bf16"] if torch.cpu._is_avx512_bf16_supported() else []
 
 def attention(q, k, v):
-    """torch's scaled_dot_product_attention, as its formula says. For few tokens on a CPU it is faster."""
+    """torch's scaled_dot_product_attention as a formula: faster on a CPU, for few tokens."""
     return (q / math.sqrt(q.shape[-1]) @ k.transpose(2, 3)).softmax(-1).to(v.dtype) @ v
 
 def cifar10(root="data"):

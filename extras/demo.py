@@ -138,11 +138,11 @@ def demo(args):
     for name in COLOURS:
         deviation = f" ± {statistics.stdev(results[name]):.1f}" if args.seeds > 1 else ""
         print(f"| {name} | {statistics.mean(results[name]):.1f}%{deviation} |")
-    print(f"\n{time.time() - began:.0f} seconds. All were fine-tuned on the same 1,500 labels. Before, "
-          "the student copied its teacher's relations\non 5,000 pictures without labels; MAE had as "
-          f"long on them by itself. See {args.out}/demo.png.\nNext, on photos: python extras/data.py "
-          "&& python tinymim.py --student nano\n--teacher assets/cifar10_teacher.pth --data "
-          "data/cifar10 --batch-size 128 --blr 1.6e-2 --epochs 3")
+    print(f"\n{time.time() - began:.0f} seconds. All were fine-tuned on the same 1,500 labels. "
+          "Before, the student copied its teacher's\nrelations on 5,000 pictures without labels; "
+          f"MAE had as long on them by itself. See {args.out}/demo.png.\nNext, on photos: python "
+          "extras/data.py && python tinymim.py --student nano\n--teacher "
+          "assets/cifar10_teacher.pth --data data/cifar10 --batch-size 128 --blr 1.6e-2 --epochs 3")
 
 def main(argv=None):
     parser = argparse.ArgumentParser("extras/demo.py", description="The method, on a CPU.")

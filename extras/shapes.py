@@ -1,7 +1,7 @@
-"""Draw the demo's pictures: one filled shape on a two-tone ground, at a random place, size, turn and colours.
+"""Draw the demo's pictures: a filled shape on two colours, at a random place, size and turn.
 
-    python extras/shapes.py FOLDER --train 40000 --val 1000    (ten classes; FOLDER/{train,val}/CLASS/N.png)
-    python extras/shapes.py FOLDER --train 2000 --val 200 --segmentation    (in ADE20K's format; 11 classes)
+    python extras/shapes.py FOLDER --train 40000 --val 1000    (FOLDER/{train,val}/CLASS/N.png)
+    python extras/shapes.py FOLDER --train 2000 --val 200 --segmentation    (in ADE20K's format)
 """
 
 import argparse
@@ -12,7 +12,8 @@ try:
     import numpy as np
     from PIL import Image
 except ImportError as error:
-    sys.exit(f"{error.name} is not installed here: {sys.executable} -m pip install -r requirements.txt")
+    sys.exit(f"{error.name} is not installed here: {sys.executable} -m pip install "
+             "-r requirements.txt")
 
 SHAPES = {  # inside the shape or not, for coordinates in [-1, 1]², x to the right, y down
     "disc": lambda x, y: x**2 + y**2 < 0.8,
@@ -28,9 +29,11 @@ SHAPES = {  # inside the shape or not, for coordinates in [-1, 1]², x to the ri
 }
 
 def draw(shape, random, size, easy=False):
-    """A picture of `shape`, uint8 (size, size, 3), and where the shape is, bool (size, size). It is drawn at
-    twice the size, and so has smooth edges. easy: it is larger, turned by at most 45 degrees, and
-    lighter than its ground."""
+    """A picture of `shape`, uint8 (size, size, 3), and where the shape is, bool (size, size).
+
+    It is drawn at twice the size, and so has smooth edges. easy: the shape is larger, turned by at
+    most 45 degrees, and lighter than its ground.
+    """
     y, x = (np.mgrid[:2 * size, :2 * size] + 0.5) / size - 1  # (2 size, 2 size) each, in [-1, 1]
     turn, split = random.uniform(0, 2 * np.pi, 2)
     radius = random.uniform(0.35, 0.7)
@@ -38,12 +41,15 @@ def draw(shape, random, size, easy=False):
         turn, radius = (turn - np.pi) / 4, random.uniform(0.45, 0.75)
     cx, cy = random.uniform(-0.9 + radius, 0.9 - radius, 2)
     u, v = (x - cx) / radius, (y - cy) / radius
-    inside = SHAPES[shape](np.cos(turn) * u - np.sin(turn) * v, np.sin(turn) * u + np.cos(turn) * v)
+    cos, sin = np.cos(turn), np.sin(turn)
+    inside = SHAPES[shape](cos * u - sin * v, sin * u + cos * v)
     ground = np.cos(split) * x + np.sin(split) * y > random.uniform(-0.5, 0.5)
     while True:
         colours = random.uniform(0, 255, (3, 3))
         contrast = colours[2] - colours[:2]  # of the shape to both grounds: it stands out
-        if easy and contrast.mean(axis=1).min() > 60 or not easy and abs(contrast).max(axis=1).min() > 100:
+        if easy and contrast.mean(axis=1).min() > 60:
+            break
+        if not easy and abs(contrast).max(axis=1).min() > 100:
             break
     picture = colours[np.where(inside, 2, ground.astype(int))]
     picture = picture.reshape(size, 2, size, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
@@ -60,7 +66,7 @@ def write(folder, count, seed, size=40, easy=False):
         picture.save(os.path.join(folder, name, f"{i}.png"), compress_level=1)
 
 def write_segmentation(folder, split, count, seed, size=40):
-    """Draw `count` pictures and their label maps in ADE20K's format, folder/{images,annotations}/split/N.png.
+    """Draw `count` pictures and their label maps, as ADE20K's: folder/{images,annotations}/split/.
     Label 1 is the ground, 2 the first of SHAPES."""
     random = np.random.RandomState(seed)
     for kind in ("images", "annotations"):
@@ -70,16 +76,18 @@ def write_segmentation(folder, split, count, seed, size=40):
         picture, inside = draw(list(SHAPES)[label - 2], random, size)
         labels = np.where(inside, label, 1).astype(np.uint8)
         for kind, array in (("images", picture), ("annotations", labels)):
-            Image.fromarray(array).save(os.path.join(folder, kind, split, f"{i}.png"), compress_level=1)
+            path = os.path.join(folder, kind, split, f"{i}.png")
+            Image.fromarray(array).save(path, compress_level=1)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw the demo's labelled pictures of ten shapes.")
-    parser.add_argument("folder")
-    parser.add_argument("--train", type=int, default=40000, help="pictures in FOLDER/train (default: 40000)")
-    parser.add_argument("--val", type=int, default=1000, help="pictures in FOLDER/val (default: 1000)")
-    parser.add_argument("--size", type=int, default=40, metavar="N", help="in pixels; default: 40")
-    parser.add_argument("--seed", type=int, default=1, help="of train, val has the next (default: 1)")
-    parser.add_argument("--segmentation", action="store_true", help="draw label maps, in ADE20K's format")
+    add = parser.add_argument
+    add("folder")
+    add("--train", type=int, default=40000, help="pictures in FOLDER/train (default: 40000)")
+    add("--val", type=int, default=1000, help="pictures in FOLDER/val (default: 1000)")
+    add("--size", type=int, default=40, metavar="N", help="in pixels; default: 40")
+    add("--seed", type=int, default=1, help="of train, val has the next (default: 1)")
+    add("--segmentation", action="store_true", help="label maps as well")
     args = parser.parse_args()
     try:
         if args.segmentation:

@@ -292,7 +292,8 @@ def test_a_resumed_run_with_another_target_is_the_uninterrupted_one(
     stopped(targets.main, part, epoch=2)
     targets.main([*part, "--resume"])
     same(load(tmp_path / "part")["objective"], load(tmp_path / "whole")["objective"])
-    fails(targets.main, [*part, "--resume", "--target", "ffn"], "has a run with --target qkv, not ffn")
+    other = [*part, "--resume", "--target", "ffn"]
+    fails(targets.main, other, "has a run with --target qkv, not ffn")
 
 def test_which_block_teaches(teacher_file):
     """That of the options. By default the last where the networks are as deep, else that at 3/4;
@@ -421,7 +422,7 @@ def test_content_is_what_the_photo_explains():
         assert share == pytest.approx(0, abs=1e-4)
     found = study.content(vit, photos)
     q, k, v = vit.qkv_at(tinymim.normalize(photos / 255), 3)
-    maps = tinymim.log_relation(q, k, 2).exp().double().detach()  # (photo, head, row, column), spelt out
+    maps = tinymim.log_relation(q, k, 2).exp().double().detach()  # as written
     total = maps.transpose(0, 1).transpose(1, 2).flatten(2).var(2, unbiased=False)
     constant = maps.mean(0).var(2, unbiased=False)
     assert found[3, "qk"] == pytest.approx((1 - constant / total).mean().item(), rel=1e-5)
