@@ -134,6 +134,14 @@ def run(main, folder, *options):
     main([*map(str, options), "--out", folder, "--resume"])
     return tinymim.load_file(os.path.join(folder, "last.pth"))["history"]
 
+def epochs_of(args, spec):
+    """How many epochs of pre-training a row has."""
+    words = spec.split()
+    if "--epochs" not in words:
+        return args.mae_epochs if "mae" in words else args.distill_epochs
+    epochs = 1 if args.smallest else int(words[words.index("--epochs") + 1])
+    return round(epochs * 10 / 3) if "mae" in words else epochs  # which takes as long
+
 def pretrain(args, spec, folder, seed=0, blr=None, network="student"):
     """Pre-train as `spec` says, unless that is done. Returns the checkpoint."""
     words = spec.split()
@@ -143,16 +151,8 @@ def pretrain(args, spec, folder, seed=0, blr=None, network="student"):
     options = [*sizes(args, network), "--data", os.path.join(args.out, "data", "all"),
                "--batch-size", args.batch_size, "--blr", blr, "--seed", seed, *args.machine,
                "--decoder", *decoder]
-    epochs = args.distill_epochs
-    if "--epochs" in words:
-        epochs = 1 if args.smallest else int(words[words.index("--epochs") + 1])
+    epochs = args.teacher_epochs if network == "teacher" else epochs_of(args, spec)
     if "mae" in words:
-        if network == "teacher":
-            epochs = args.teacher_epochs
-        elif "--epochs" in words:  # as long as that many of distillation
-            epochs = round(epochs * 10 / 3)
-        else:
-            epochs = args.mae_epochs
         options += ["--patch-size", 4, "--img-size", 32, "--epochs", epochs]
         run(mae.main, folder, *options)
     else:
@@ -177,7 +177,8 @@ def renew_end(checkpoint, seed):
     return path
 
 def accuracy(args, spec, seed, labels, rates):
-    """Top-1 of one row: pre-train, fine-tune on OUT/data/`labels`/train, test on its val."""
+    """Pre-train as a row says, fine-tune on OUT/data/`labels`/train, test on its val: the top-1,
+    and how it came about."""
     name = spec.replace("--", "").replace(" ", "-") or "relation"
     folder = os.path.join(args.out, f"{name}-seed{seed}-{rates[0]:g}{'-tune' * (labels == 'tune')}")
     photos, batch = os.path.join(args.out, "data", labels), args.batch_size // 2
@@ -196,7 +197,12 @@ def accuracy(args, spec, seed, labels, rates):
     history = run(finetune.main, os.path.join(folder, f"{labels}-{rates[1]:g}"),
                   "--checkpoint", checkpoint, "--data", photos, "--epochs", epochs,
                   "--batch-size", batch, "--blr", rates[1], "--seed", seed, *options, *args.machine)
-    return history[-1]["top1"]
+    last, device = history[-1], "gpu" if torch.cuda.is_available() else "cpu"
+    result = dict(top1=round(last["top1"], 2), fine_tuning_epochs=last["epoch"], blr=rates,
+                  batch_size=args.batch_size, teacher=os.path.basename(args.teacher), device=device)
+    if checkpoint not in ("none", args.teacher):
+        result["epochs"] = epochs_of(args, spec)
+    return result
 
 def top1(result):
     """The accuracy in a result: a number or, with its protocol, {"top1": number, ...}."""
@@ -329,12 +335,7 @@ def study(args):
                 if labels == "tune":
                     key = f"{tuned}/{method}/{pair[0]:g} {pair[1]:g}"
                 if key not in data.results(path):
-                    result = accuracy(args, spec, seed, labels, pair)
-                    protocol = {name: value for name, value in vars(args).items()
-                                if name.endswith("_epochs") or name == "batch_size"}
-                    protocol |= dict(blr=pair, teacher=os.path.basename(args.teacher),
-                                     device="gpu" if torch.cuda.is_available() else "cpu")
-                    data.results(path, key, dict(top1=result, **protocol))
+                    data.results(path, key, accuracy(args, spec, seed, labels, pair))
     print_tables(data.results(path), args.tables)
     if args.smallest:
         print("\nA smoke test: with networks and data as small these numbers say nothing.")
