@@ -327,6 +327,8 @@ def study(args):
                 longer = args.tune_epochs > 1
             rates = rates_to_try(method, found if longer else None)
             if labels != "tune":
+                if not any(key.startswith(f"tune/{method}/") for key in found):
+                    print(f"{method}: its learning rates are untried (--tune, or assets/*.json)")
                 rates = [best_rates(method, found, rates, "tune10" if longer else "tune")]
             for pair in rates:
                 if "assistant" in spec:
