@@ -6,7 +6,7 @@
 
 --data holds train/ and val/, both with a folder of images for each class. The ViT, the data set and
 the training loop are those of tinymim.py. What fine-tuning adds is here: the classifier, its
-augmentations (with timm's RandAugment), layer decay, and the recipes.
+augmentations (RandAugment as in timm), layer decay, and the recipes.
 """
 
 import functools
@@ -150,7 +150,8 @@ def train_transform(img_size, crop_scale, augment):
     return v2.Compose(steps)
 
 def eval_transform(img_size):
-    """uint8 image to its middle, uint8 (3, img_size, img_size): 224 of 256 pixels, or as much."""
+    """uint8 image to its middle, uint8 (3, img_size, img_size): 7/8 of its shorter side. Networks
+    for more than 224 pixels see all of that side, as in MAE."""
     side = int(img_size * 256 / 224) if img_size <= 224 else img_size
     return v2.Compose([v2.Resize(side, interpolation=BICUBIC), v2.CenterCrop(img_size)])
 
@@ -234,7 +235,7 @@ def parameter_groups(model, weight_decay, layer_decay):
 
 @torch.no_grad()
 def evaluate(model, paths, labels, args, transform=None):
-    """{"top1": percent, "val_loss": mean cross-entropy} of images, or of their middles."""
+    """{"top1": percent, "val_loss": mean cross-entropy} of images (default: their middles)."""
     model.eval()
     dataset = ImageDataset(paths, transform or eval_transform(model.img_size), labels=labels)
     # Each process takes its share: no image is left out, and none counts twice.

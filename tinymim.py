@@ -20,8 +20,8 @@ any widths (here a head is 64 wide in the teacher, 16 in the student): no projec
 loss compares q-q, k-k and v-v relations by default; the paper's published results are of q-k and
 v-v. Nothing is masked: masking was how the teacher was pre-trained.
 
-Part I is the method: train > fit > two_views, TinyMIM.forward > qkv_at, relation_loss. Part II is
-for reference: checkpoints, the data set that makes the crops, the command line.
+Part I is the method: train calls fit, that calls two_views and TinyMIM.forward, and that calls
+qkv_at and relation_loss. Part II is for reference: checkpoints, image files, the command line.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def log_relation(a, b, relation_heads):
     if a.ndim != 3 or a.shape[2] % relation_heads:
         raise ValueError(f"{tuple(a.shape)} is not (B, N, D), D divisible by {relation_heads}")
     with torch.autocast(a.device.type, enabled=False):
-        # Not in half precision: the logits can overflow fp16, and are coarse in bf16. And
+        # In float32 (on a GPU, TF32): the logits can overflow fp16, and are coarse in bf16. And
         # log_softmax, not softmax().log(), which gives -inf where a probability underflows to 0.
         dtype = torch.promote_types(a.dtype, torch.float32)
         a = a.to(dtype).unflatten(2, (relation_heads, -1)).transpose(1, 2)  # (B, h, N, D/h)
@@ -305,7 +305,8 @@ def build(args, kind=TinyMIM):
 
 def train(args, build_objective=build):
     """Distil, as the options say. Another build_objective(args) distils something else: a module
-    with a `student`, whose forward(student_images, teacher_images) gives {name: scalar loss}."""
+    whose forward(student_images, teacher_images) gives {name: scalar loss}, with a `student`, a
+    ViT, and perhaps a `teacher`, which must stay as it was built: it is not saved."""
     setup(args)  # device, precision, images_per_update = batch_size * accum * processes
     objective = build_objective(args).to(args.device)
     paths = find_images(image_folder(args.data, "train"))
