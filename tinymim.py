@@ -420,8 +420,8 @@ def load_file(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types
         reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
-        raise UserError(f"cannot load {path} ({reason}). If it was cut short, delete it; if it has "
-                        "more than tensors, save model.state_dict() where it was made") from error
+        raise UserError(f"cannot load {path} ({reason}). If a download was cut short, delete it; "
+                        "if it has more than tensors, save model.state_dict() instead") from error
 
 def read_checkpoint(source, heads=None):
     """{name: tensor} of a file or a name in TEACHERS, the ViT arguments they imply, our config."""
@@ -429,7 +429,7 @@ def read_checkpoint(source, heads=None):
         raise UserError(f"there is no file {source}; known by name are {', '.join(TEACHERS)}")
     content = load_file(download(TEACHERS[source]) if source in TEACHERS else source)
     try:
-        config = content.get("config") or {}
+        config = content["config"] if isinstance(content.get("config"), dict) else {}
         for name in ("model", "state_dict", "model_state_dict"):
             content = content.get(name, content)
         tensors = {name.removeprefix("module.").removeprefix("_orig_mod."): tensor  # DDP, compile
@@ -457,8 +457,8 @@ def load_weights(vit, tensors, source):
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], vit.grid)
         vit.load_state_dict(tensors)
     except (RuntimeError, IndexError) as error:
-        raise UserError(f"{source} is not a ViT for square images with one class token, and no "
-                        f"more: {' '.join(str(error).split())[:200]}")
+        raise UserError(f"{source} does not fit a ViT of this size, for square images, with one "
+                        f"class token: {' '.join(str(error).split())[:200]}")
 
 def resize_pos_embed(pos_embed, grid):
     """Position embeddings (1, 1 + g², dim) resized to (1, 1 + grid², dim), as MAE does it."""

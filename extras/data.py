@@ -1,5 +1,6 @@
 """For study.py and demo.py: CIFAR-10 as files (python extras/data.py), splits, results, CPUs."""
 
+import argparse
 import json
 import math
 import os
@@ -11,6 +12,8 @@ import torchvision
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import finetune
+import tinymim
+from tinymim import UserError
 
 def set_up_cpu():
     """What suits small networks on a CPU, as settings, and as options, which it returns."""
@@ -29,7 +32,10 @@ def cifar10(root="data"):
     if not os.path.isdir(folder):
         print(f"downloading CIFAR-10, 170 MB, to {root}/ (--data FOLDER uses your own photos)")
         for split in ("train", "test"):
-            photos = torchvision.datasets.CIFAR10(root, train=split == "train", download=True)
+            try:
+                photos = torchvision.datasets.CIFAR10(root, train=split == "train", download=True)
+            except (OSError, RuntimeError) as error:  # of the network, or a file cut short
+                raise UserError(f"cannot download CIFAR-10 to {root}/ ({error})") from error
             for i, (photo, label) in enumerate(photos):
                 path = os.path.join(folder + ".part", split, photos.classes[label])
                 os.makedirs(path, exist_ok=True)
@@ -56,7 +62,7 @@ def link_splits(root, out):
         if not os.path.lexists(link):
             os.symlink(target, link)
         elif os.path.realpath(link) != os.path.realpath(target):
-            raise finetune.UserError(f"{out} is of other photos: {os.path.realpath(link)}")
+            raise UserError(f"{out} is of other photos: {os.path.realpath(link)}")
     return len(paths)
 
 def results(path, key=None, result=None):
@@ -70,4 +76,5 @@ def results(path, key=None, result=None):
     return found
 
 if __name__ == "__main__":
-    print(f"CIFAR-10 is in {cifar10()}")
+    parser = argparse.ArgumentParser("extras/data.py", description="Download CIFAR-10 as files.")
+    tinymim.run(parser, lambda args: print(f"CIFAR-10 is in {cifar10()}"), parser.parse_args())

@@ -186,9 +186,9 @@ def draw(args):
     out = args.out or args.run
     if out is None:
         out = args.log[0] if args.log else os.path.dirname(args.speed or args.results) or "."
+    os.makedirs(out, exist_ok=True)
     if args.run:
         crops, objective, student = load_run(args.run, args.data)
-        os.makedirs(out, exist_ok=True)
         draw_relations(crops, objective, student, os.path.join(out, "relations.png"))
         if args.method:  # its text is that of ViT-L and ViT-T
             draw_method(crops, objective, os.path.join(out, "method.svg"))

@@ -354,7 +354,7 @@ def test_cifar10_as_files_and_a_missing_folder(tmp_path, monkeypatch):
     photos.classes = ["cat", "dog"]
     monkeypatch.setattr(datasets, "CIFAR10", lambda *_, **options: photos)
     assert data.link_splits(data.cifar10(str(tmp_path)), str(tmp_path / "out")) == 8
-    with pytest.raises(SystemExit, match="No such file or directory"):
+    with pytest.raises(SystemExit, match="should hold a folder of images for each class"):
         study.main(["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out")])
 
 def test_attention_on_a_cpu_is_the_usual():

@@ -593,7 +593,7 @@ def test_ade20k_is_downloaded_once_and_whole(tmp_path, monkeypatch):
     ("--data {data}/small", "(32, 32) bytes"), ("--data {data}/colour", "(32, 32) bytes"),
     ("--data {data}/missing", "1 photos have no label map"), ("--batch-size 1", "--batch-size 2"),
     ("--data {data}/broken", "cannot read"), ("--student tiny", "--checkpoint none"),
-    ("--dim 24", "is no plain ViT"), ("--layer-decay 2", "--layer-decay"),
+    ("--dim 24", "does not fit a ViT"), ("--layer-decay 2", "--layer-decay"),
     ("--layer-decay 0", "--layer-decay"), ("--eval --checkpoint none", "not a checkpoint of"),
 ])
 def test_mistakes_in_segmentation(options, says, teacher_file, tmp_path, capsys):
