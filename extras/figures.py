@@ -153,7 +153,8 @@ def draw_lengths(found, path):
             tops = {epochs: of_seeds(found, labels, f"{spec} --epochs {epochs}")
                     for epochs in LENGTHS}
             tops = {epochs: values for epochs, values in tops.items() if values}
-            errors = [stdev(values) if len(values) > 1 else 0 for values in tops.values()]
+            errors = [stdev(values) if len(values) > 1 else float("nan")
+                      for values in tops.values()]
             axes.errorbar(list(tops), [mean(values) for values in tops.values()], errors,
                           label=name, color=color, marker="o", markersize=3, capsize=2)
         axes.set(xscale="log", xlabel="epochs of distillation", ylabel="top-1 (%)", title=title)
