@@ -304,9 +304,8 @@ def build(args, kind=TinyMIM):
     return kind(student, teacher, args.teacher_block, args.relation_heads, args.relations)
 
 def train(args, build_objective=build):
-    """Distil, as the options say. Another build_objective(args) distils something else: a module
-    whose forward(student_images, teacher_images) gives {name: scalar loss}, with a `student`, a
-    ViT, and perhaps a `teacher`, which must stay as it was built: it is not saved."""
+    """Distil. Another build_objective(args) distils something else: a module with a ViT `student`,
+    whose forward(student_images, teacher_images) gives {name: loss}. A `teacher` is not saved."""
     setup(args)  # device, precision, images_per_update = batch_size * accum * processes
     objective = build_objective(args).to(args.device)
     paths = find_images(image_folder(args.data, "train"))
