@@ -17,6 +17,7 @@ import math
 import os
 import statistics
 import sys
+import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -25,9 +26,11 @@ import torch
 import data
 import finetune
 import mae
+import parallel
 import shapes
 import targets
 import tinymim
+from tinymim import UserError
 
 SHIPPED = os.path.join(ROOT, "assets", "cifar10_teacher.pth")
 NETWORKS = {  # width, depth, heads
@@ -176,11 +179,16 @@ def renew_end(checkpoint, seed):
     torch.save({"model": tensors, "config": config}, path)
     return path
 
+def folder_of(args, spec, seed, labels, rates):
+    """For a row's pre-training, and its fine-tunings. new-end changes only what follows."""
+    name = spec.replace(" new-end", "").replace("--", "").replace(" ", "-") or "relation"
+    tune = "-tune" * (labels == "tune")
+    return os.path.join(args.out, f"{name}-seed{seed}-{rates[0]:g}{tune}")
+
 def accuracy(args, spec, seed, labels, rates):
     """Pre-train as a row says, fine-tune on OUT/data/`labels`/train, test on its val: the top-1,
     and how it came about."""
-    name = spec.replace("--", "").replace(" ", "-") or "relation"
-    folder = os.path.join(args.out, f"{name}-seed{seed}-{rates[0]:g}{'-tune' * (labels == 'tune')}")
+    folder = folder_of(args, spec, seed, labels, rates)
     photos, batch = os.path.join(args.out, "data", labels), args.batch_size // 2
     epochs = args.all_epochs if labels == "all" else args.few_epochs
     options = ["--layer-decay", 0.75]
@@ -194,7 +202,8 @@ def accuracy(args, spec, seed, labels, rates):
     else:
         checkpoint = pretrain(args, spec, os.path.join(folder, "pretrain"), seed, rates[0])
     options += ["--drop-path", 0, "--augment", "crop", "--crop-scale", 0.5, "--eval-every", epochs]
-    history = run(finetune.main, os.path.join(folder, f"{labels}-{rates[1]:g}"),
+    tuned = os.path.join(folder, f"{labels}-{rates[1]:g}{'-new-end' * ('new-end' in spec)}")
+    history = run(finetune.main, tuned,
                   "--checkpoint", checkpoint, "--data", photos, "--epochs", epochs,
                   "--batch-size", batch, "--blr", rates[1], "--seed", seed, *options, *args.machine)
     last, device = history[-1], "gpu" if torch.cuda.is_available() else "cpu"
@@ -286,6 +295,57 @@ def ship(checkpoint, path=SHIPPED):
     half = {name: tensor.half() for name, tensor in tensors.items()}
     torch.save({"model": half, "config": config}, path)
 
+def list_jobs(args, found):
+    """What accuracy() is to be asked, and the keys of the results: [(spec, seed, labels, rates,
+    key)]. With --tune, one row of each method, at several rates."""
+    specs, jobs = list(dict.fromkeys(row[2] for row in ROWS if row[0] in args.tables)), []
+    if args.tune is not None:  # with shorter runs
+        args.mae_epochs = round(args.tune_epochs * 10 / 3)
+        args.distill_epochs, args.few_epochs, args.tables = args.tune_epochs, 10, []
+        tuned = "tune" if args.tune_epochs == 1 else f"tune{args.tune_epochs}"
+        for method in args.tune or dict.fromkeys(map(method_of, specs)):
+            for rates in rates_to_try(method, found if args.tune_epochs > 1 else None):
+                key = f"{tuned}/{method}/{rates[0]:g} {rates[1]:g}"
+                jobs.append((METHODS[method], 0, "tune", rates, key))
+        return jobs
+    for labels in args.labels:
+        for seed, spec in [(seed, spec) for seed in args.seeds for spec in specs]:
+            method = method_of(spec)
+            if not any(key.startswith(f"tune/{method}/") for key in found):
+                print(f"{method}: its learning rates are untried (--tune, or assets/*.json)")
+            longer = "--epochs 10" in spec or "--epochs 30" in spec  # than the first tuning
+            rates = best_rates(method, found, rates_to_try(method, found if longer else None),
+                               "tune10" if longer else "tune")
+            jobs.append((spec, seed, labels, rates, f"{labels}/{spec}/{seed}"))
+    return jobs
+
+def side_by_side(args, jobs):
+    """Yields (job, result) of all jobs, short ones first, as they end in --jobs processes."""
+    groups, lengths, began = {}, {}, time.monotonic()
+    for job in sorted(jobs, key=lambda job: epochs_of(args, job[0])):
+        spec, seed, labels = job[:3]
+        groups.setdefault(folder_of(args, *job[:4]), []).append(job)  # they share a pre-training
+        fine_tuning = args.all_epochs if labels == "all" else args.few_epochs
+        for key, epochs in (("pretrain", seed), epochs_of(args, spec)), ((labels, seed), fine_tuning):
+            lengths[key] = max(epochs, lengths.get(key, 0))
+    crops, photos = os.path.join(args.out, "crops"), os.path.join(args.out, "data")
+    parallel.make_crops(crops, photos, 32, lengths)
+    print(f"made the crops in {time.monotonic() - began:.0f} s", flush=True)
+    left, log = args.seconds - (time.monotonic() - began), os.path.join(args.out, "log")
+    function = functools.partial(run_group, args)
+    for found in parallel.run(function, list(groups.values()), args.jobs, left, crops, log):
+        for job, result in found:
+            print(f"{time.monotonic() - began:.0f} s: {job[-1]} {result['top1']}", flush=True)
+        yield from found
+
+def run_group(args, jobs):  # in a process of its own
+    if not torch.cuda.is_available():
+        data.set_up_cpu()
+    try:
+        return [(job, accuracy(args, *job[:4])) for job in jobs]
+    except SystemExit as error:  # which multiprocessing would not report
+        raise UserError(str(error)) from None
+
 def study(args):
     if args.ship:
         return ship(args.ship)
@@ -302,8 +362,7 @@ def study(args):
     args.images = data.link_splits(root, args.out)
     tinymim.decode = functools.cache(tinymim.decode)  # small photos fit in memory: decode them once
     if torch.cuda.is_available():  # networks as small wait for their workers, and for compilation
-        args.machine = ["--workers", os.cpu_count() - 1, "--no-compile"]
-        args.batch_size *= args.gpu_batches
+        args.machine = ["--workers", 0 if args.jobs > 1 else os.cpu_count() - 1, "--no-compile"]
     else:
         args.machine = ["--workers", 0, *data.set_up_cpu()]
     if args.teacher == "new":
@@ -312,32 +371,14 @@ def study(args):
     if args.content:
         return print_content(args, path)
 
-    specs = list(dict.fromkeys(row[2] for row in ROWS if row[0] in args.tables))
-    tuned = "tune" if args.tune_epochs == 1 else f"tune{args.tune_epochs}"
-    if args.tune is not None:  # with shorter runs
-        args.mae_epochs = round(args.tune_epochs * 10 / 3)
-        args.distill_epochs, args.few_epochs, args.seeds = args.tune_epochs, 10, [0]
-        args.labels, args.tables = ["tune"], []
-        specs = [METHODS[name] for name in args.tune or dict.fromkeys(map(method_of, specs))]
-    for labels in args.labels:
-        for seed, spec in [(seed, spec) for seed in args.seeds for spec in specs]:
-            method, found = method_of(spec), data.results(path)
-            longer = "--epochs 10" in spec or "--epochs 30" in spec  # than the first tuning
-            if labels == "tune":
-                longer = args.tune_epochs > 1
-            rates = rates_to_try(method, found if longer else None)
-            if labels != "tune":
-                if not any(key.startswith(f"tune/{method}/") for key in found):
-                    print(f"{method}: its learning rates are untried (--tune, or assets/*.json)")
-                rates = [best_rates(method, found, rates, "tune10" if longer else "tune")]
-            for pair in rates:
-                if "assistant" in spec:
-                    pretrain(args, "", os.path.join(args.out, "assistant"), 0, pair[0], "assistant")
-                key = f"{labels}/{spec}/{seed}"
-                if labels == "tune":
-                    key = f"{tuned}/{method}/{pair[0]:g} {pair[1]:g}"
-                if key not in data.results(path):
-                    data.results(path, key, accuracy(args, spec, seed, labels, pair))
+    found = data.results(path)
+    jobs = [job for job in list_jobs(args, found) if job[-1] not in found]
+    for spec, _, _, rates, _ in jobs:
+        if "assistant" in spec:
+            pretrain(args, "", os.path.join(args.out, "assistant"), 0, rates[0], "assistant")
+    one_by_one = ((job, accuracy(args, *job[:4])) for job in jobs)
+    for job, result in side_by_side(args, jobs) if args.jobs > 1 else one_by_one:
+        data.results(path, job[-1], result)
     print_tables(data.results(path), args.tables)
     if args.smallest:
         print("\nA smoke test: with networks and data as small these numbers say nothing.")
@@ -362,7 +403,8 @@ def main(argv=None):
     for name, epochs in (("teacher", 60), ("mae", 10), ("distill", 3), ("few", 20), ("all", 5)):
         add(f"--{name}-epochs", type=count, default=epochs, help=f"default: {epochs}")
     add("--batch-size", type=count, default=128, help="of pre-training; half in fine-tuning")
-    add("--gpu-batches", type=count, default=4, help="times --batch-size on a GPU (default: 4)")
+    add("--jobs", type=count, default=1, help="rows side by side (on a GPU 6 are best; default: 1)")
+    add("--seconds", type=count, default=10**9, help="with --jobs: no longer than this")
     args = parser.parse_args(argv)
     if args.tables is None:
         args.tables = [name for name in tables if (name in CURVE) == args.curve or args.smallest]

@@ -27,13 +27,14 @@ import data
 import finetune
 import finetune_distilled
 import mae
+import parallel
 import robustness
 import shapes
 import study
 import targets
 import tinymim
 from test_tinymim import SMALL, WIDER, fill, filled, load, same
-from tinymim import UserError, ViT, relation_loss
+from tinymim import ImageDataset, UserError, ViT, relation_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # leaving torchvision
 
@@ -398,14 +399,41 @@ def test_rows_of_one_method_share_their_rates():
     assert study.best_rates("feature", found, longer, "tune10") == longer[1]
 
 def test_every_row_of_the_study_works(tmp_path):
-    """At its smallest; what is finished is not run again."""
-    first = script("study.py", "--smallest", "--out", tmp_path)
+    """At its smallest, two side by side. What is finished is not run again."""
+    first = script("study.py", "--smallest", "--jobs", 2, "--out", tmp_path)
     again = script("study.py", "--smallest", "--out", tmp_path)
     rows = [line for line in again.splitlines() if line.startswith("| ")]
     assert len(rows) == len(study.ROWS) + len({row[0] for row in study.ROWS})
     assert rows == [line for line in first.splitlines() if line.startswith("| ")]
     assert all(top1.strip() for row in rows for top1 in row.split("|")[3:5])  # no number missing
     assert "epoch 1 " in first and "epoch 1 " not in again.split("| T8")[0].split("results in")[-1]
+    # One after the other, rows give the same: they see the same crops.
+    script("study.py", "--smallest", "--tables", "end", "--out", tmp_path / "alone")
+    beside = data.results(tmp_path / "results.json")
+    alone = data.results(tmp_path / "alone" / "results.json")
+    assert len(alone) == 4 and alone.items() <= beside.items()
+    checkpoint = "relations-qk-vv-epochs-10-seed0-0.004/pretrain/last.pth"
+    losses = [tinymim.load_file(folder / checkpoint)["history"][-1]["loss"]
+              for folder in (tmp_path, tmp_path / "alone")]
+    assert losses[0] == losses[1]
+
+def test_kept_crops_are_those_of_the_dataset(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel.KeptDataset, "folder", str(tmp_path))
+    paths, labels, _ = finetune.read_folder(pictures / "train")
+    crop = tinymim.crop_and_flip(16)
+    plain = ImageDataset(paths, crop, 3, labels)
+    for kept in parallel.KeptDataset(paths, crop, 3, labels), parallel.KeptDataset(paths, crop, 3):
+        for key in (0, 1, len(paths) + 1, 0):  # in two epochs, and back in the first
+            same(kept[key][0], plain[key][0], atol=0)
+            assert kept[key][1:] == plain[key][1:][:len(kept[key]) - 1]
+    assert len(list(tmp_path.iterdir())) == 2
+    other = parallel.KeptDataset(paths, crop, 4, labels)
+    assert not other[0][0].equal(plain[0][0])
+
+def test_a_row_that_fails_beside_others_says_why():
+    with patch.object(study, "accuracy", side_effect=SystemExit("a full disk")):
+        with pytest.raises(UserError, match="a full disk"):
+            study.run_group(None, [("", 0, "few", (1, 1), "key")])
 
 def test_the_studys_teacher():
     path = os.path.join(os.path.dirname(HERE), "assets", "cifar10_teacher.pth")

@@ -41,11 +41,9 @@ def usual_relation(a, b, relation_heads):  # (B, N, D) each
     a, b = (x.unflatten(2, (relation_heads, -1)).transpose(1, 2) for x in (a, b))
     return (a @ b.transpose(2, 3) / a.shape[-1] ** 0.5).softmax(dim=-1).log()
 
-def recomputed_loss(student_qkv, teacher_qkv, relation_heads, pairs, loss=tinymim.relation_loss):
-    """No relation is kept for the backward pass. It computes anew those of one pair at a time."""
-    def loss_of(pair):
-        return loss(student_qkv, teacher_qkv, relation_heads, [pair])[pair]
-    return {pair: checkpoint(loss_of, pair, use_reentrant=False) for pair in pairs}
+def recomputed_loss(*inputs, loss=tinymim.relation_loss):
+    """The loss, without keeping relations for the backward pass, which computes them anew."""
+    return checkpoint(loss, *inputs, use_reentrant=False)
 
 def patches_by_product(conv, images):
     """What `conv` computes of patches that do not overlap: (B, dim, grid, grid)."""
