@@ -704,8 +704,9 @@ def run(parser, function, args, *more):  # a user's mistake ends in one line, wi
         words = "out of memory", "allocate", "inline_container", "iostream", "DataLoader worker"
         if not any(word in str(error) for word in words):
             raise
-        sys.exit(f"{parser.prog}: error: {str(error).splitlines()[0]} (a full disk? Else halve "
-                 "--batch-size and double --accum, or try --workers 0 or docker run --shm-size 8g)")
+        start = ". ".join(str(error).splitlines()[0].split(". ")[:3])  # out of memory says much
+        sys.exit(f"{parser.prog}: error: {start} (a full disk? Else halve --batch-size and double "
+                 "--accum, or try --workers 0 or docker run --shm-size 8g)")
 
 def main(argv=None, build_objective=build):
     parser = make_parser("tinymim.py", __doc__, RECIPE, teacher=True)
