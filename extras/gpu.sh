@@ -28,11 +28,11 @@ try() {  # try LIMIT NAME COMMAND...: at most LIMIT seconds
     [[ -z ${FROM:-} && $name =~ ${ONLY:-.} ]] || return 0
     if ((left < 20)); then echo "$name: no time left" | tee -a "$out/summary.txt"; return; fi
     echo "==== $name: $*" >> "$out/log.txt"
-    timeout -k 5 $((left < limit ? left : limit)) "$@" 2>&1 | tee -a "$out/log.txt" > "$work/log"
+    timeout -k 5 $((left < limit ? left : limit)) "$@" 2>&1 | tee -a "$out/log.txt" > "$work/$name.log"
     status=${PIPESTATUS[0]}
-    { echo "$name: exit $status, $((SECONDS - began)) s: $(tr '\r' '\n' < "$work/log" |
+    { echo "$name: exit $status, $((SECONDS - began)) s: $(tr '\r' '\n' < "$work/$name.log" |
           grep '[^ ]' | tail -1 | cut -c1-250)"
-      grep -E '^(step|parts|end to end|pipeline) \{' "$work/log"; } | tee -a "$out/summary.txt"
+      grep -E '^(step|parts|end to end|pipeline) \{' "$work/$name.log"; } | tee -a "$out/summary.txt"
 }
 distil=(python tinymim.py --teacher "$teacher" --data "$work/data" "$@")
 tune=(python finetune.py --data "$work/data" "$@")
@@ -41,13 +41,21 @@ speed=(python extras/benchmark.py --data "$work/data" "$@")
 changes="$ours checkpoint matmul both"
 small="--student small" base="--student base --teacher mae_large"
 
-try 200 speed-tiny "${speed[@]}" --variants $ours --measure training pipeline
+# The compiler works for all at once, and the steps after this find its results in its cache.
+try 200 compile-tiny "${speed[@]}" --variants $ours --measure --repeats 1 &
+try 200 compile-small "${speed[@]}" $small --variants $ours --measure --repeats 1 &
+try 200 compile-base "${speed[@]}" $base --variants $ours --measure --repeats 1 &
+try 200 compile-finetune-tiny "${speed[@]}" --variants finetune --measure --repeats 1 &
+try 200 compile-finetune-small "${speed[@]}" $small --variants finetune --measure --repeats 1 &
+try 200 compile-finetune-base "${speed[@]}" $base --variants finetune --measure --repeats 1 &
+wait
+try 100 speed-tiny "${speed[@]}" --variants $ours --measure training pipeline
+try 100 speed-small "${speed[@]}" $small --variants $ours --measure training
+try 100 speed-base "${speed[@]}" $base --variants $ours --measure training
+try 100 finetune-tiny "${speed[@]}" --variants finetune --measure training pipeline
+try 100 finetune-small "${speed[@]}" $small --variants finetune --measure training
+try 100 finetune-base "${speed[@]}" $base --variants finetune --measure training
 try 300 changes-tiny "${speed[@]}" --variants $changes --measure
-try 200 finetune-tiny "${speed[@]}" --variants finetune --measure training pipeline
-try 150 speed-small "${speed[@]}" $small --variants $ours --measure training
-try 200 speed-base "${speed[@]}" $base --variants $ours --measure training
-try 150 finetune-small "${speed[@]}" $small --variants finetune --measure training
-try 150 finetune-base "${speed[@]}" $base --variants finetune --measure training
 try 90 no-memory "${distil[@]}" --student base --batch-size 4096 --no-compile --out "$work/big"
 try 200 resume bash -c '"$@" & while [ ! -e "$0/last.pth" ] && kill -0 $!; do sleep 1; done
     kill $!; wait; "$@" --resume' "$work/tiny" "${distil[@]}" --epochs 9 --out "$work/tiny"
