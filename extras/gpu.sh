@@ -32,7 +32,7 @@ try() {  # try LIMIT NAME COMMAND...: at most LIMIT seconds
     status=${PIPESTATUS[0]}
     { echo "$name: exit $status, $((SECONDS - began)) s: $(tr '\r' '\n' < "$work/$name.log" |
           grep '[^ ]' | tail -1 | cut -c1-250)"
-      grep -E '^(step|parts|end to end|pipeline) \{' "$work/$name.log"; } | tee -a "$out/summary.txt"
+      [[ $name == compile-* ]] || grep -E '^(step|parts|end to end|pipeline) \{' "$work/$name.log"; } | tee -a "$out/summary.txt"
 }
 distil=(python tinymim.py --teacher "$teacher" --data "$work/data" "$@")
 tune=(python finetune.py --data "$work/data" "$@")
@@ -48,7 +48,7 @@ try 200 compile-base "${speed[@]}" $base --variants $ours --measure --repeats 1 
 try 200 compile-finetune-tiny "${speed[@]}" --variants finetune --measure --repeats 1 &
 try 200 compile-finetune-small "${speed[@]}" $small --variants finetune --measure --repeats 1 &
 try 200 compile-finetune-base "${speed[@]}" $base --variants finetune --measure --repeats 1 &
-wait
+wait; [[ ${FROM:-} == compile-* ]] && FROM=
 try 100 speed-tiny "${speed[@]}" --variants $ours --measure training pipeline
 try 100 speed-small "${speed[@]}" $small --variants $ours --measure training
 try 100 speed-base "${speed[@]}" $base --variants $ours --measure training
@@ -64,7 +64,7 @@ try 60 evaluate "${tune[@]}" --checkpoint "$work/tuned/last.pth" --eval
 try 300 changes-base "${speed[@]}" $base --variants $changes --measure
 try 300 changes-small "${speed[@]}" $small --variants $changes --measure
 [[ -n ${GPU_STUDY:-} ]] && try 560 study python extras/study.py $GPU_STUDY
-try 500 table "${speed[@]}" --json  # for assets/speed.json
+try 500 table "${speed[@]}" --json
 try 120 fp16 "${distil[@]}" --epochs 1 --amp fp16 --out "$work/fp16"
 try 120 compiler env TORCH_LOGS=recompiles,graph_breaks "${distil[@]}" --epochs 1 --out "$work/logs"
 try 120 no-waiting python -c "import sys, torch, tinymim

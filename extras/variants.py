@@ -1,8 +1,8 @@
 """Other ways to write the training of tinymim.py, for benchmark.py to measure.
 
 "usual" is how one would write it: Pillow decodes, crops and jitters image by image, attention and
-relations are as their formulas say, and AdamW is not fused. Three are changes that may be worth
-their lines: "checkpoint" saves memory, "matmul" may save time, "both" are the two together.
+relations are as their formulas say, and AdamW is not fused. Three are changes that were not
+worth their lines (extras/README.md, Speed): "checkpoint" saves memory, "matmul" time, "both" both.
 """
 
 import argparse
