@@ -37,6 +37,7 @@ NETWORKS = {  # width, depth, heads
     "teacher": (192, 6, 6), "assistant": (144, 5, 6), "student": (96, 4, 3), "deep": (96, 12, 3)}
 SMALLEST = {
     "teacher": (24, 6, 6), "assistant": (12, 5, 3), "student": (12, 4, 3), "deep": (12, 12, 3)}
+SIZE, CROP_SCALE = 32, 0.5  # of the photos, in pixels, and of fine-tuning's crops, at least
 LENGTHS = 1, 3, 10, 30  # epochs of distillation
 CURVES = {"relation (qk vv)": "--relations qk vv", "relation (vv)": "--relations vv",
           "feature": "--target output", "MAE": "mae"}
@@ -156,7 +157,7 @@ def pretrain(args, spec, folder, seed=0, blr=None, network="student"):
                "--decoder", *decoder]
     epochs = args.teacher_epochs if network == "teacher" else epochs_of(args, spec)
     if "mae" in words:
-        options += ["--patch-size", 4, "--img-size", 32, "--epochs", epochs]
+        options += ["--patch-size", 4, "--img-size", SIZE, "--epochs", epochs]
         run(mae.main, folder, *options)
     else:
         assistant = os.path.join(args.out, "assistant", "last.pth")
@@ -179,6 +180,14 @@ def renew_end(checkpoint, seed):
     torch.save({"model": tensors, "config": config}, path)
     return path
 
+def fine_tuning_epochs(args, spec, labels):
+    epochs = args.all_epochs if labels == "all" else args.few_epochs
+    if spec == "scratch":  # as many updates as the row of MAE has in all
+        photos = tinymim.find_images(os.path.join(args.out, "data", labels, "train"))
+        updates = args.mae_epochs * (args.images // args.batch_size)
+        epochs += math.ceil(updates / (len(photos) // (args.batch_size // 2)))
+    return epochs
+
 def folder_of(args, spec, seed, labels, rates):
     """For a row's pre-training, and its fine-tunings. new-end changes only what follows."""
     name = spec.replace(" new-end", "").replace("--", "").replace(" ", "-") or "relation"
@@ -189,23 +198,22 @@ def accuracy(args, spec, seed, labels, rates):
     """Pre-train as a row says, fine-tune on OUT/data/`labels`/train, test on its val: the top-1,
     and how it came about."""
     folder = folder_of(args, spec, seed, labels, rates)
-    photos, batch = os.path.join(args.out, "data", labels), args.batch_size // 2
-    epochs = args.all_epochs if labels == "all" else args.few_epochs
-    options = ["--layer-decay", 0.75]
-    if spec == "scratch":  # as many updates as the row of MAE has in all
-        in_epoch = len(tinymim.find_images(os.path.join(photos, "train"))) // batch
-        epochs += math.ceil(args.mae_epochs * (args.images // args.batch_size) / in_epoch)
+    epochs, options = fine_tuning_epochs(args, spec, labels), ["--layer-decay", 0.75]
+    if spec == "scratch":
         checkpoint = "none"
-        options = [*sizes(args, "student"), "--patch-size", 4, "--img-size", 32, "--layer-decay", 1]
+        options = [*sizes(args, "student"), "--patch-size", 4, "--img-size", SIZE,
+                   "--layer-decay", 1]
     elif spec == "teacher":
         checkpoint = args.teacher
     else:
         checkpoint = pretrain(args, spec, os.path.join(folder, "pretrain"), seed, rates[0])
-    options += ["--drop-path", 0, "--augment", "crop", "--crop-scale", 0.5, "--eval-every", epochs]
+    options += ["--drop-path", 0, "--augment", "crop", "--crop-scale", CROP_SCALE,
+                "--eval-every", epochs]
     tuned = os.path.join(folder, f"{labels}-{rates[1]:g}{'-new-end' * ('new-end' in spec)}")
     history = run(finetune.main, tuned,
-                  "--checkpoint", checkpoint, "--data", photos, "--epochs", epochs,
-                  "--batch-size", batch, "--blr", rates[1], "--seed", seed, *options, *args.machine)
+                  "--checkpoint", checkpoint, "--data", os.path.join(args.out, "data", labels),
+                  "--epochs", epochs, "--batch-size", args.batch_size // 2, "--blr", rates[1],
+                  "--seed", seed, *options, *args.machine)
     last, device = history[-1], "gpu" if torch.cuda.is_available() else "cpu"
     result = dict(top1=round(last["top1"], 2), fine_tuning_epochs=last["epoch"], blr=rates,
                   batch_size=args.batch_size, teacher=os.path.basename(args.teacher), device=device)
@@ -319,31 +327,57 @@ def list_jobs(args, found):
             jobs.append((spec, seed, labels, rates, f"{labels}/{spec}/{seed}"))
     return jobs
 
+def list_crops(args, jobs):
+    """The crops that these rows will see: [(dataset, epoch)], without those that are there."""
+    photos, needed = os.path.join(args.out, "data"), {}  # {(split or "pretrain", seed): epochs}
+    for spec, seed, labels, *_ in jobs:
+        epochs = fine_tuning_epochs(args, spec, labels)
+        needed[labels, seed] = max(epochs, needed.get((labels, seed), 0))
+        if spec not in ("scratch", "teacher"):
+            epochs = epochs_of(args, spec)
+            needed["pretrain", seed] = max(epochs, needed.get(("pretrain", seed), 0))
+    crops = {}
+    for (split, seed), epochs in needed.items():
+        if split == "pretrain":
+            paths = tinymim.find_images(os.path.join(photos, "all", "train"))
+            dataset = parallel.KeptDataset(paths, tinymim.crop_and_flip(SIZE), seed)
+        else:
+            paths = finetune.read_folder(os.path.join(photos, split, "train"))[0]
+            transform = finetune.train_transform(SIZE, CROP_SCALE, "crop")
+            dataset = parallel.KeptDataset(paths, transform, seed)
+            paths = finetune.read_folder(os.path.join(photos, split, "val"))[0]
+            val = parallel.KeptDataset(paths, finetune.eval_transform(SIZE))
+            crops[val.path(0)] = val, 0
+        crops |= {dataset.path(epoch): (dataset, epoch) for epoch in range(epochs)}
+    return [item for path, item in crops.items() if not os.path.exists(path)]
+
 def side_by_side(args, jobs):
     """Yields (job, result) of all jobs, short ones first, as they end in --jobs processes."""
-    groups, lengths, began = {}, {}, time.monotonic()
+    groups, began, log = {}, time.monotonic(), os.path.join(args.out, "log")
     for job in sorted(jobs, key=lambda job: epochs_of(args, job[0])):
-        spec, seed, labels = job[:3]
         groups.setdefault(folder_of(args, *job[:4]), []).append(job)  # they share a pre-training
-        fine_tuning = args.all_epochs if labels == "all" else args.few_epochs
-        for key, epochs in (("pretrain", seed), epochs_of(args, spec)), ((labels, seed), fine_tuning):
-            lengths[key] = max(epochs, lengths.get(key, 0))
-    crops, photos = os.path.join(args.out, "crops"), os.path.join(args.out, "data")
-    parallel.make_crops(crops, photos, 32, lengths)
-    print(f"made the crops in {time.monotonic() - began:.0f} s", flush=True)
-    left, log = args.seconds - (time.monotonic() - began), os.path.join(args.out, "log")
-    function = functools.partial(run_group, args)
-    for found in parallel.run(function, list(groups.values()), args.jobs, left, crops, log):
-        for job, result in found:
-            print(f"{time.monotonic() - began:.0f} s: {job[-1]} {result['top1']}", flush=True)
-        yield from found
+    folder = parallel.KeptDataset.folder = os.path.join(args.out, "crops")
+    os.makedirs(folder, exist_ok=True)
+    crops = list_crops(args, jobs)
+    gigabytes = sum(len(dataset) for dataset, _ in crops) * 3 * SIZE**2 / 1e9
+    print(f"first {gigabytes:.1f} GB of crops into {folder}, then rows. Their output: {log}-*.txt")
+    work = ((parallel.make_epoch, crops, os.cpu_count()),
+            (functools.partial(run_group, args), list(groups.values()), args.jobs))
+    for function, items, processes in work:
+        left = args.seconds - (time.monotonic() - began)
+        for finished in parallel.in_processes(function, items, processes, left, folder, log):
+            for job, result in finished or ():  # of rows: crops have no result
+                print(f"{time.monotonic() - began:.0f} s: {job[-1]} {result['top1']}", flush=True)
+                yield job, result
 
-def run_group(args, jobs):  # in a process of its own
+def run_group(args, jobs):
+    """In a process of its own: the results of rows that share a pre-training, when all are done."""
+    args.machine = [*args.machine, "--workers", 0]
     if not torch.cuda.is_available():
         data.set_up_cpu()
     try:
         return [(job, accuracy(args, *job[:4])) for job in jobs]
-    except SystemExit as error:  # which multiprocessing would not report
+    except SystemExit as error:  # which would end the process without a word
         raise UserError(str(error)) from None
 
 def study(args):
@@ -362,7 +396,7 @@ def study(args):
     args.images = data.link_splits(root, args.out)
     tinymim.decode = functools.cache(tinymim.decode)  # small photos fit in memory: decode them once
     if torch.cuda.is_available():  # networks as small wait for their workers, and for compilation
-        args.machine = ["--workers", 0 if args.jobs > 1 else os.cpu_count() - 1, "--no-compile"]
+        args.machine = ["--workers", os.cpu_count() - 1, "--no-compile"]
     else:
         args.machine = ["--workers", 0, *data.set_up_cpu()]
     if args.teacher == "new":

@@ -10,8 +10,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
+import time
 from unittest.mock import patch
 
 import pytest
@@ -422,18 +424,39 @@ def test_kept_crops_are_those_of_the_dataset(pictures, tmp_path, monkeypatch):
     paths, labels, _ = finetune.read_folder(pictures / "train")
     crop = tinymim.crop_and_flip(16)
     plain = ImageDataset(paths, crop, 3, labels)
+    for epoch in range(2):
+        parallel.make_epoch((parallel.KeptDataset(paths, crop, 3), epoch))
     for kept in parallel.KeptDataset(paths, crop, 3, labels), parallel.KeptDataset(paths, crop, 3):
         for key in (0, 1, len(paths) + 1, 0):  # in two epochs, and back in the first
             same(kept[key][0], plain[key][0], atol=0)
             assert kept[key][1:] == plain[key][1:][:len(kept[key]) - 1]
     assert len(list(tmp_path.iterdir())) == 2
-    other = parallel.KeptDataset(paths, crop, 4, labels)
-    assert not other[0][0].equal(plain[0][0])
+    changed = [parallel.KeptDataset(paths, crop, 4), parallel.KeptDataset(paths[:9], crop, 3)]
+    os.utime(paths[0])
+    for other in [*changed, parallel.KeptDataset(paths, crop, 3)]:
+        assert not os.path.exists(other.path(0))
 
 def test_a_row_that_fails_beside_others_says_why():
     with patch.object(study, "accuracy", side_effect=SystemExit("a full disk")):
         with pytest.raises(UserError, match="a full disk"):
-            study.run_group(None, [("", 0, "few", (1, 1), "key")])
+            study.run_group(argparse.Namespace(machine=[]), [("", 0, "few", (1, 1), "key")])
+
+def killed(_):
+    os.kill(os.getpid(), 9)
+
+def waits(_):
+    time.sleep(60)
+
+def test_processes_that_are_killed_or_take_too_long(tmp_path, capsys):
+    def run(function, seconds):
+        log = str(tmp_path / "log")
+        return list(parallel.in_processes(function, [0, 1], 2, seconds, str(tmp_path), log))
+
+    with pytest.raises(UserError, match="a process was killed"):
+        run(killed, 100)
+    assert run(waits, 1) == []
+    assert "the time is over" in capsys.readouterr().out
+    assert not multiprocessing.active_children()
 
 def test_the_studys_teacher():
     path = os.path.join(os.path.dirname(HERE), "assets", "cifar10_teacher.pth")
