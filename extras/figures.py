@@ -142,17 +142,20 @@ def draw_bars(panels, path):
     figure.savefig(path, metadata={"Date": None})
 
 def draw_lengths(found, path):
-    """Accuracy after fine-tuning against epochs of distillation: mean, deviation."""
+    """Accuracy after fine-tuning against epochs of distillation: mean, deviation. A panel for few
+    labels and one for all, if there are results of more than one length."""
+    def of_lengths(labels, spec):
+        tops = {epochs: of_seeds(found, labels, f"{spec} --epochs {epochs}") for epochs in LENGTHS}
+        return {epochs: values for epochs, values in tops.items() if values}
+
     titles = {"few": "5,000 labels", "all": "all 50,000 labels"}
     titles = {labels: title for labels, title in titles.items()
-              if any(key.startswith(labels) for key in found)}
+              if any(len(of_lengths(labels, spec)) > 1 for spec in CURVES.values())}
     figure, panels = plt.subplots(1, len(titles), figsize=(4.5 * len(titles), 3), squeeze=False,
                                   layout="constrained")
     for axes, (labels, title) in zip(panels.flat, titles.items()):
         for (name, spec), color in zip(CURVES.items(), (BLUE, "#6aaed6", ORANGE, "gray")):
-            tops = {epochs: of_seeds(found, labels, f"{spec} --epochs {epochs}")
-                    for epochs in LENGTHS}
-            tops = {epochs: values for epochs, values in tops.items() if values}
+            tops = of_lengths(labels, spec)
             errors = [stdev(values) if len(values) > 1 else float("nan")
                       for values in tops.values()]
             axes.errorbar(list(tops), [mean(values) for values in tops.values()], errors,

@@ -96,6 +96,10 @@ ROWS = (
     # Hypothesis 4: both from the same start of the last block, features from block 5.
     ("end", "relation (qk vv)", "--relations qk vv --epochs 10 new-end", None),
     ("end", "feature of block 5", "--target output --teacher-block 5 --epochs 10 new-end", None),
+    # And what of it matters: features from the output, and of block 5 with the end they trained.
+    ("end", "feature", "--target output --epochs 10 new-end", None),
+    ("end", "feature of block 5, end not new", "--target output --teacher-block 5 --epochs 10",
+     None),
 )
 CURVE = ("length", "content", "depth", "end")
 METHODS = {  # the rows by which --tune tunes

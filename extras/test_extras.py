@@ -413,7 +413,7 @@ def test_every_row_of_the_study_works(tmp_path):
     script("study.py", "--smallest", "--tables", "end", "--out", tmp_path / "alone")
     beside = data.results(tmp_path / "results.json")
     alone = data.results(tmp_path / "alone" / "results.json")
-    assert len(alone) == 4 and alone.items() <= beside.items()
+    assert len(alone) == 8 and alone.items() <= beside.items()
     checkpoint = "relations-qk-vv-epochs-10-seed0-0.004/pretrain/last.pth"
     losses = [tinymim.load_file(folder / checkpoint)["history"][-1]["loss"]
               for folder in (tmp_path, tmp_path / "alone")]
