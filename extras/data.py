@@ -17,10 +17,13 @@ from tinymim import UserError
 
 def set_up_cpu():
     """What suits small networks on a CPU, as settings, and as options, which it returns."""
-    torch.set_num_threads(1)  # two threads on a network this small wait for each other
-    os.environ["OMP_NUM_THREADS"] = "1"  # for tinymim.setup, which else sets more
+    use_one_thread()
     torch.nn.functional.scaled_dot_product_attention = attention
     return ["--amp", "bf16"] if torch.cpu._is_avx512_bf16_supported() else []
+
+def use_one_thread():  # two on a network this small wait for each other
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for tinymim.setup, which else sets more
 
 def attention(q, k, v):
     """torch's scaled_dot_product_attention as a formula: faster on a CPU, for few tokens."""

@@ -32,7 +32,8 @@ try() {  # try LIMIT NAME COMMAND...: at most LIMIT seconds
     status=${PIPESTATUS[0]}
     { echo "$name: exit $status, $((SECONDS - began)) s: $(tr '\r' '\n' < "$work/$name.log" |
           grep '[^ ]' | tail -1 | cut -c1-250)"
-      [[ $name == compile-* ]] || grep -E '^(step|parts|end to end|pipeline) \{' "$work/$name.log"; } | tee -a "$out/summary.txt"
+      [[ $name == compile-* ]] || grep -E '^(step|parts|end to end|pipeline) \{' "$work/$name.log"
+    } | tee -a "$out/summary.txt"
 }
 distil=(python tinymim.py --teacher "$teacher" --data "$work/data" "$@")
 tune=(python finetune.py --data "$work/data" "$@")
@@ -42,19 +43,18 @@ changes="$ours checkpoint matmul both"
 small="--student small" base="--student base --teacher mae_large"
 
 # The compiler works for all at once, and the steps after this find its results in its cache.
-try 200 compile-tiny "${speed[@]}" --variants $ours --measure --repeats 1 &
-try 200 compile-small "${speed[@]}" $small --variants $ours --measure --repeats 1 &
-try 200 compile-base "${speed[@]}" $base --variants $ours --measure --repeats 1 &
-try 200 compile-finetune-tiny "${speed[@]}" --variants finetune --measure --repeats 1 &
-try 200 compile-finetune-small "${speed[@]}" $small --variants finetune --measure --repeats 1 &
-try 200 compile-finetune-base "${speed[@]}" $base --variants finetune --measure --repeats 1 &
+declare -A runs=(
+    [speed-tiny]="--variants $ours" [finetune-tiny]="--variants finetune"
+    [speed-small]="$small --variants $ours" [finetune-small]="$small --variants finetune"
+    [speed-base]="$base --variants $ours" [finetune-base]="$base --variants finetune")
+for name in "${!runs[@]}"; do
+    try 200 "compile-$name" "${speed[@]}" ${runs[$name]} --measure --repeats 1 &
+done
 wait; [[ ${FROM:-} == compile-* ]] && FROM=
-try 100 speed-tiny "${speed[@]}" --variants $ours --measure training pipeline
-try 100 speed-small "${speed[@]}" $small --variants $ours --measure training
-try 100 speed-base "${speed[@]}" $base --variants $ours --measure training
-try 100 finetune-tiny "${speed[@]}" --variants finetune --measure training pipeline
-try 100 finetune-small "${speed[@]}" $small --variants finetune --measure training
-try 100 finetune-base "${speed[@]}" $base --variants finetune --measure training
+for name in {speed,finetune}-{tiny,small,base}; do
+    [[ $name == *-tiny ]] && pipeline=pipeline || pipeline=
+    try 100 "$name" "${speed[@]}" ${runs[$name]} --measure training $pipeline
+done
 try 300 changes-tiny "${speed[@]}" --variants $changes --measure
 try 90 no-memory "${distil[@]}" --student base --batch-size 4096 --no-compile --out "$work/big"
 try 200 resume bash -c '"$@" & while [ ! -e "$0/last.pth" ] && kill -0 $!; do sleep 1; done

@@ -15,6 +15,7 @@ import threading
 import numpy as np
 import torch
 
+import data
 import finetune
 import tinymim
 from tinymim import ImageDataset, UserError
@@ -56,8 +57,7 @@ def set_up(folder, log):
         os._exit(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.stdout = sys.stderr = open(f"{log}-{os.getpid()}.txt", "a", buffering=1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+    data.use_one_thread()
     KeptDataset.folder = folder
     tinymim.ImageDataset = finetune.ImageDataset = KeptDataset
     tinymim.decode = functools.cache(tinymim.decode)

@@ -23,6 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import torch
 
+import content
 import data
 import finetune
 import mae
@@ -256,51 +257,6 @@ def print_tables(results, tables):
                 cells += (text,)
             print(f"| {' | '.join(cells)} |")
 
-@torch.no_grad()
-def content(teacher, photos):
-    """How much of a relation's variance the photo explains: {(block, pair): share}.
-
-    1 - variance of the mean map / variance over photos, for each row; the mean over rows and heads.
-    0: the relation is the same in each photo: it says where a patch is. 1: it has no constant part.
-    photos: uint8 (P, 3, H, W). A row's mean is 1 / N in any photo, as it is a distribution.
-    """
-    shares = {}
-    for block in range(1, teacher.depth + 1):
-        totals, squares = {}, {}
-        for batch in photos.split(50):
-            qkv = dict(zip("qkv", teacher.qkv_at(tinymim.normalize(batch / 255), block)))
-            for pair in ("qq", "kk", "vv", "qk"):
-                a, b = pair
-                relation = tinymim.log_relation(qkv[a], qkv[b], teacher.heads).exp().double()
-                totals[pair] = totals.get(pair, 0) + relation.sum(0)  # (h, N, N)
-                squares[pair] = squares.get(pair, 0) + relation.square().sum((0, 3))  # (h, N)
-        for pair, total in totals.items():
-            N = total.shape[2]
-            of_mean = (total / len(photos)).square().mean(2) - 1 / N**2
-            of_all = squares[pair] / (len(photos) * N) - 1 / N**2
-            shares[block, pair] = (1 - of_mean / of_all).mean().item()
-    return shares
-
-def print_content(args, path):
-    """A table of content() for the teacher and, to compare, for a network that was not trained."""
-    folder = os.path.join(args.out, "data", "all", "val")
-    paths = tinymim.find_images(folder)
-    chosen = paths[::max(1, len(paths) // 1000)][:1000]
-    photos = torch.stack([tinymim.decode(os.fsdecode(name)) for name in chosen])
-    teacher = tinymim.load_teacher(args.teacher)
-    torch.manual_seed(0)
-    random = tinymim.ViT(teacher.dim, teacher.depth, teacher.heads, teacher.config["patch_size"],
-                         teacher.img_size)
-    print(f"\nHow much of a relation's variance the photo explains (%), {len(photos)} test photos")
-    for name, vit in (("teacher", teacher), ("random", random)):
-        shares = content(vit.eval(), photos)
-        print(f"\n| {name}: block | q-q | k-k | v-v | q-k |\n|---|---|---|---|---|")
-        for block in range(1, vit.depth + 1):
-            row = [shares[block, pair] for pair in ("qq", "kk", "vv", "qk")]
-            print(f"| {block} | {' | '.join(f'{100 * share:.0f}' for share in row)} |")
-            for pair, share in zip(("qq", "kk", "vv", "qk"), row):
-                data.results(path, f"content/{name}/{block} {pair}", share)
-
 def ship(checkpoint, path=SHIPPED):
     """A teacher's checkpoint in float16, its weights and config alone, for assets/."""
     tensors, _, config = tinymim.read_checkpoint(checkpoint)
@@ -311,9 +267,7 @@ def list_jobs(args, found):
     """What accuracy() is to be asked, and the keys of the results: [(spec, seed, labels, rates,
     key)]. With --tune, one row of each method, at several rates."""
     specs, jobs = list(dict.fromkeys(row[2] for row in ROWS if row[0] in args.tables)), []
-    if args.tune is not None:  # with shorter runs
-        args.mae_epochs = round(args.tune_epochs * 10 / 3)
-        args.distill_epochs, args.few_epochs, args.tables = args.tune_epochs, 10, []
+    if args.tune is not None:
         tuned = "tune" if args.tune_epochs == 1 else f"tune{args.tune_epochs}"
         for method in args.tune or dict.fromkeys(map(method_of, specs)):
             for rates in rates_to_try(method, found if args.tune_epochs > 1 else None):
@@ -365,14 +319,17 @@ def side_by_side(args, jobs):
     crops = list_crops(args, jobs)
     gigabytes = sum(len(dataset) for dataset, _ in crops) * 3 * SIZE**2 / 1e9
     print(f"first {gigabytes:.1f} GB of crops into {folder}, then rows. Their output: {log}-*.txt")
-    work = ((parallel.make_epoch, crops, os.cpu_count()),
-            (functools.partial(run_group, args), list(groups.values()), args.jobs))
-    for function, items, processes in work:
+
+    def finished(function, items, processes):
         left = args.seconds - (time.monotonic() - began)
-        for finished in parallel.in_processes(function, items, processes, left, folder, log):
-            for job, result in finished or ():  # of rows: crops have no result
-                print(f"{time.monotonic() - began:.0f} s: {job[-1]} {result['top1']}", flush=True)
-                yield job, result
+        return parallel.in_processes(function, items, processes, left, folder, log)
+
+    for _ in finished(parallel.make_epoch, crops, os.cpu_count()):
+        pass
+    for rows in finished(functools.partial(run_group, args), list(groups.values()), args.jobs):
+        for job, result in rows:
+            print(f"{time.monotonic() - began:.0f} s: {job[-1]} {result['top1']}", flush=True)
+            yield job, result
 
 def run_group(args, jobs):
     """In a process of its own: the results of rows that share a pre-training, when all are done."""
@@ -394,8 +351,8 @@ def study(args):
         args.data, args.batch_size, args.seeds = os.path.join(args.out, "shapes"), 16, [0]
         args.teacher_epochs = args.mae_epochs = args.distill_epochs = 1
         args.few_epochs = args.all_epochs = 1
-        shapes.write(os.path.join(args.data, "train"), 160, seed=1, size=32)
-        shapes.write(os.path.join(args.data, "val"), 20, seed=2, size=32)
+        shapes.write(os.path.join(args.data, "train"), 160, seed=1, size=SIZE)
+        shapes.write(os.path.join(args.data, "val"), 20, seed=2, size=SIZE)
     root = data.cifar10() if args.data == "cifar10" else args.data
     args.images = data.link_splits(root, args.out)
     tinymim.decode = functools.cache(tinymim.decode)  # small photos fit in memory: decode them once
@@ -407,8 +364,11 @@ def study(args):
         folder = os.path.join(args.out, "teacher")
         args.teacher = pretrain(args, "mae", folder, blr=1.5e-3, network="teacher")
     if args.content:
-        return print_content(args, path)
+        return content.print_content(args, path)
 
+    if args.tune is not None:  # with shorter runs
+        args.mae_epochs = round(args.tune_epochs * 10 / 3)
+        args.distill_epochs, args.few_epochs = args.tune_epochs, 10
     found = data.results(path)
     jobs = [job for job in list_jobs(args, found) if job[-1] not in found]
     for spec, _, _, rates, _ in jobs:
@@ -417,7 +377,7 @@ def study(args):
     one_by_one = ((job, accuracy(args, *job[:4])) for job in jobs)
     for job, result in side_by_side(args, jobs) if args.jobs > 1 else one_by_one:
         data.results(path, job[-1], result)
-    print_tables(data.results(path), args.tables)
+    print_tables(data.results(path), args.tables if args.tune is None else [])
     if args.smallest:
         print("\nA smoke test: with networks and data as small these numbers say nothing.")
 

@@ -25,6 +25,7 @@ from torchvision import datasets
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
+import content
 import data
 import finetune
 import finetune_distilled
@@ -469,9 +470,9 @@ def test_content_is_what_the_photo_explains():
     torch.manual_seed(0)
     vit, photos = ViT(**SMALL), torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
     same_photos = photos[:1].expand(6, -1, -1, -1)
-    for share in study.content(vit, same_photos).values():
+    for share in content.explained(vit, same_photos).values():
         assert share == pytest.approx(0, abs=1e-4)
-    found = study.content(vit, photos)
+    found = content.explained(vit, photos)
     q, k, v = vit.qkv_at(tinymim.normalize(photos / 255), 3)
     maps = tinymim.log_relation(q, k, 2).exp().double().detach()  # as written
     total = maps.transpose(0, 1).transpose(1, 2).flatten(2).var(2, unbiased=False)
