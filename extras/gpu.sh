@@ -43,10 +43,14 @@ changes="$ours checkpoint matmul both"
 small="--student small" base="--student base --teacher mae_large"
 
 # The compiler works for all at once, and the steps after this find its results in its cache.
-declare -A runs=(
-    [speed-tiny]="--variants $ours" [finetune-tiny]="--variants finetune"
-    [speed-small]="$small --variants $ours" [finetune-small]="$small --variants finetune"
-    [speed-base]="$base --variants $ours" [finetune-base]="$base --variants finetune")
+declare -A runs=([speed-tiny]="--variants $ours" [speed-small]="$small --variants $ours"
+    [speed-base]="$base --variants $ours")
+for student in tiny small base; do
+    runs[finetune-$student]="--student $student --batch-size 128 --variants finetune"
+done
+for change in checkpoint matmul both; do
+    runs[$change-small]="$small --variants $change" runs[$change-base]="$base --variants $change"
+done
 for name in "${!runs[@]}"; do
     try 200 "compile-$name" "${speed[@]}" ${runs[$name]} --measure --repeats 1 &
 done
@@ -55,14 +59,15 @@ for name in {speed,finetune}-{tiny,small,base}; do
     [[ $name == *-tiny ]] && pipeline=pipeline || pipeline=
     try 100 "$name" "${speed[@]}" ${runs[$name]} --measure training $pipeline
 done
+for name in {checkpoint,matmul,both}-{small,base}; do
+    try 60 "$name" "${speed[@]}" ${runs[$name]} --measure
+done
 try 300 changes-tiny "${speed[@]}" --variants $changes --measure
 try 90 no-memory "${distil[@]}" --student base --batch-size 4096 --no-compile --out "$work/big"
 try 200 resume bash -c '"$@" & while [ ! -e "$0/last.pth" ] && kill -0 $!; do sleep 1; done
     kill $!; wait; "$@" --resume' "$work/tiny" "${distil[@]}" --epochs 9 --out "$work/tiny"
 try 120 tune "${tune[@]}" --checkpoint "$work/tiny/last.pth" --epochs 1 --out "$work/tuned"
 try 60 evaluate "${tune[@]}" --checkpoint "$work/tuned/last.pth" --eval
-try 300 changes-base "${speed[@]}" $base --variants $changes --measure
-try 300 changes-small "${speed[@]}" $small --variants $changes --measure
 [[ -n ${GPU_STUDY:-} ]] && try 560 study python extras/study.py $GPU_STUDY
 try 500 table "${speed[@]}" --json
 try 120 fp16 "${distil[@]}" --epochs 1 --amp fp16 --out "$work/fp16"
