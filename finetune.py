@@ -2,7 +2,7 @@
 
     python finetune.py --checkpoint runs/tiny/last.pth --data FOLDER
     python finetune.py --checkpoint mae_base --data FOLDER
-    python finetune.py --eval --checkpoint runs/tiny-finetuned/best.pth
+    python finetune.py --eval --checkpoint runs/tiny-finetuned/best.pth --data FOLDER
 
 --data holds train/ and val/, both with a folder of images for each class. The ViT, the data set and
 the training loop are those of tinymim.py. What fine-tuning adds is here: the classifier, its
@@ -30,8 +30,7 @@ from tinymim import DTYPES, IMAGENET_MEAN, RANK, STUDENTS, WORLD, ImageDataset, 
 class Classifier(ViT):
     """A ViT with a linear head on the mean of its patch tokens, named as in timm.
 
-    drop_path: the rate of the last block. It grows linearly from 0 in the first, as in MAE: here
-    the early blocks are to change little.
+    drop_path: the rate of the last block. It grows linearly from 0 in the first, as in MAE.
     """
     def __init__(self, dim, depth, heads, num_classes=1000, patch_size=16, img_size=224,
                  drop_path=0.0):
@@ -58,7 +57,7 @@ def build(args, checkpoint, classes, kind=Classifier, new=("head", "fc_norm")):
     """
     tensors, sizes, config = checkpoint
     model = kind(**sizes, num_classes=len(classes), drop_path=args.drop_path)
-    model.config["classes"] = classes
+    model.config |= dict(classes=classes, relation_heads=config.get("relation_heads"))
     if config.get("classes") != classes and new:  # the old head is of no use
         tensors = {name: t for name, t in tensors.items() if not name.startswith("head")}
     if tensors:
@@ -81,7 +80,7 @@ class Supervised(nn.Module):
 AUGMENTATIONS = {
     # timm's rand-m9-mstd0.5-inc1, mixup and cutmix: MAE's and the authors' for ViT-B.
     "strong": dict(randaugment=9, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
-    # MAE-Lite's for ViT-T and S: networks as small underfit strongly augmented images.
+    # MAE-Lite's for ViT-T and S: such small networks underfit strongly augmented images.
     "light": dict(randaugment=10, erasing=0.0, mixup=0.2, cutmix=0.0, smoothing=0.0),
     # Crops and flips only: for few or small images.
     "crop": dict(randaugment=None, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0),
@@ -176,8 +175,8 @@ class Augment:
 # ---- 3. Optimisation ----------------------------------------------------------------------------
 
 RECIPES = {  # by the smallest width that they are for
-    # MAE-Lite's for ViT-T and S. The authors tell of theirs only "a higher learning rate and larger
-    # batch size".
+    # MAE-Lite's for ViT-T and S. The authors say only that theirs have "a higher learning rate
+    # and larger batch size".
     0: dict(epochs=300, blr=1e-3, layer_decay=0.85, drop_path=0.0, augment="light"),
     384: dict(epochs=300, blr=1e-3, layer_decay=0.75, drop_path=0.0, augment="light"),
     # The authors' for TinyMIM-B. MAE's own ViT-B has 0.1, see settle().
@@ -269,7 +268,7 @@ def print_accuracy(args, model):
 # ---- 5. Training and command line ---------------------------------------------------------------
 
 def train(args, build_model=build, make_objective=Supervised):
-    """What the command does."""
+    """Fine-tune, or with --eval only evaluate."""
     checkpoint = settle(args)
     tinymim.setup(args)
     if args.eval:
@@ -283,8 +282,9 @@ def train(args, build_model=build, make_objective=Supervised):
     folder = tinymim.image_folder(args.data)
     paths, labels, classes = read_folder(os.path.join(folder, "train"))
     val_paths, val_labels, val_classes = read_folder(os.path.join(folder, "val"))
-    for name in set(classes) ^ set(val_classes):
-        raise UserError(f"only one of {folder}/train and val has the class {name}")
+    if classes != val_classes:
+        raise UserError(f"only one of {folder}/train and val has the classes "
+                        f"{set(classes) ^ set(val_classes)!s:.80}")
     model = build_model(args, checkpoint, classes).to(args.device)
     dataset = ImageDataset(
         paths, train_transform(model.img_size, args.crop_scale, args.augment), args.seed, labels)
@@ -315,7 +315,7 @@ def make_parser(prog, doc):
 def main(argv=None):
     parser = make_parser("finetune.py", __doc__)
     args = parser.parse_args(argv)
-    folder = os.path.dirname(args.checkpoint) or os.path.join("runs", args.checkpoint)
+    folder = os.path.dirname(os.path.normpath(args.checkpoint)) or f"runs/{args.checkpoint}"
     args.out = None if args.eval else args.out or folder + "-finetuned"
     tinymim.run(parser, train, args)
     if RANK == 0 and not args.eval:

@@ -616,7 +616,7 @@ def test_another_objective(distil, capsys):
     ("tinymim", "1 to 4", "--teacher-block=9"), ("tinymim", "pair twice", "--relations qq vv qq"),
     ("tinymim", "--relation-heads", "--relation-heads=7"), ("tinymim", "--blr", "--blr=1e8"),
     ("tinymim", "loss is nan", "--teacher=nan.pth"), ("finetune", "two at", "-*/[gr]*"),
-    ("tinymim", "no .jpg, .png or .webp", "-*/*/*"), ("finetune", "class red", "-val/red"),
+    ("tinymim", "no .jpg, .png or .webp", "-*/*/*"), ("finetune", "classes {'red'}", "-val/red"),
     ("tinymim", "red/2.png", "!train/red/2.png --workers=1"), ("finetune", "/val", "-val"),
     ("finetune", "red/8.png", "!val/red/8.png"), ("finetune", "train/red", "-train/red/*"),
     ("finetune", "red/8.png", "!val/red/8.png --workers=1"),
@@ -816,6 +816,7 @@ def test_what_finetuning_starts_from(distil, pictures):
     assert tuned["config"]["heads"] == 3 and tuned["args"]["augment"] == "light"
     assert tuned["model"][qkv].shape == student[qkv].shape
     model = built("run/last.pth", ["a", "b"])
+    assert model.config["relation_heads"] == 12  # by which settle() knows a distilled B
     weights = model.state_dict()
     del student["norm.weight"], student["norm.bias"]
     same({name: weights[name] for name in student}, student)

@@ -14,13 +14,13 @@ CVPR 2023, https://arxiv.org/abs/2301.01296. One step of training is the method,
     losses = relation_loss(qkv, target, relation_heads=12)  # KL(teacher's relations || student's)
     sum(losses.values()).backward()
 
-Split q and k, (N, D), into h relation heads. Each gives an N x N matrix, softmax(q kᵀ / sqrt(D/h)):
-how every token relates to every token. With the same h in both networks the matrices match, for
-any widths (here a head is 64 wide in the teacher, 16 in the student): no projection is needed. The
-loss compares q-q, k-k and v-v relations by default; the paper's published results are of q-k and
-v-v. Nothing is masked: masking was how the teacher was pre-trained.
+Split q and k of an image, (N, D), into h relation heads. Each head gives an N x N matrix,
+softmax(q kᵀ / sqrt(D/h)): how every token relates to every token. With the same h in both networks
+the matrices match, whatever D is (here a head is 64 wide in the teacher, 16 in the student), so no
+projection is needed. The loss compares q-q, k-k and v-v relations by default; the paper's published
+results are of q-k and v-v. Nothing is masked: masking was how the teacher was pre-trained.
 
-Part I is the method: train calls fit, that calls two_views and TinyMIM.forward, and that calls
+Part I is the method: train calls fit, fit calls two_views and TinyMIM.forward, and forward calls
 qkv_at and relation_loss. Part II is for reference: checkpoints, image files, the command line.
 """
 
@@ -98,7 +98,7 @@ STUDENTS = {  # name: (dim, depth, heads)
 }
 
 def sincos_pos_embed(dim, grid):
-    """MAE's fixed position embeddings, (1, 1 + grid², dim): half of them for x, half for y."""
+    """MAE's fixed position embeddings, (1, 1 + grid², dim): half of dim for x, half for y."""
     frequencies = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim/2)
@@ -153,7 +153,7 @@ class ViT(nn.Module):
                  relation_heads=None):
         super().__init__()
         if dim % 4 or dim % heads or img_size % patch_size:
-            raise UserError(f"--dim {dim} must be divisible by 4 and by --heads {heads}, and "
+            raise UserError(f"a width of {dim} must be divisible by 4 and by {heads} heads, and "
                             f"--img-size {img_size} by the patch size, {patch_size}")
         self.config = dict(dim=dim, depth=depth, heads=heads, patch_size=patch_size,
                            img_size=img_size, relation_heads=relation_heads)
@@ -170,7 +170,7 @@ class ViT(nn.Module):
     @staticmethod
     def init_weights(module):  # as MAE does
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(module.weight.data.flatten(1))  # of Conv2d: flat patches
+            nn.init.xavier_uniform_(module.weight.data.flatten(1))  # Conv2d: of flat patches
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
@@ -196,11 +196,11 @@ class TinyMIM(nn.Module):
     """The objective: two views of a batch in, {pair: loss} out.
 
     teacher_block: which block teaches, from 1. Default: the last if both networks are equally deep,
-        else 3/4 of the way up. Of ViT-L's 24 blocks that is 18, the authors' choice: it gives the
-        best mIoU (52.2), though block 21 has better accuracy (84.8% against 84.6%; Table 10).
-    relation_heads: h. Default: the teacher's attention heads, or the h of its own distillation.
-    pairs: qk vv gives the paper's results (84.6%, Table 7). The default here is qq kk vv (84.5%):
-        q, k and v have a target each, as in MiniLMv2.
+        else 3/4 of the way up. Of ViT-L's 24 blocks that is 18, the authors' choice: it gives ViT-B
+        the best mIoU (52.2), though block 21 gives better accuracy (84.8%, not 84.6%; Table 10).
+    relation_heads: h. Default: the h the teacher was distilled with, else its attention heads.
+    pairs: the paper's results are of qk vv. The default here is qq kk vv, as in MiniLMv2: q, k and
+        v have a target each. They are equally good (Table 7: 84.6% and 84.5%).
     """
     def __init__(self, student, teacher, teacher_block=None, relation_heads=None,
                  pairs=("qq", "kk", "vv")):
@@ -273,8 +273,8 @@ def two_views(crops):
 RECIPE = dict(  # the authors', if an update has 4096 images: batch_size * accum * processes
     epochs=300,
     warmup_epochs=None,  # None: a 20th of the epochs
-    batch_size=256,  # images per process and step
-    accum=1,  # steps whose gradients make one update
+    batch_size=256,  # images per process
+    accum=1,  # batches whose gradients make one update
     blr=1.5e-4,  # peak learning rate for 256 images per update
     min_lr=0.0,
     weight_decay=0.05,
@@ -296,7 +296,7 @@ def make_optimizer(objective, args):
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
 
 def build(args, kind=TinyMIM):
-    """A new student and its teacher, as the options say, joined in the objective."""
+    """A new student and its teacher, as the options say, in an objective of class `kind`."""
     teacher = load_teacher(args.teacher, args.img_size, args.teacher_heads)
     dim, depth, heads = STUDENTS[args.student]
     student = ViT(args.dim or dim, args.depth or depth, args.heads or heads,
@@ -321,7 +321,7 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
     updates = len(loader) // args.accum  # per epoch
     peak = args.blr * args.images_per_update / 256  # the linear scaling rule
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")  # bf16 needs none
-    history = load_run(args, objective, optimizer, scaler)  # of a resumed run, else []
+    history = load_run(args, objective, optimizer, scaler)  # --resume: all is as it was
     print_run(args, objective, dataset)
     objective.compile(disable=not args.compile)  # in place: its state_dict keeps its names
     model = objective
@@ -330,8 +330,8 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
             objective, find_unused_parameters=hasattr(objective, "teacher"))
 
     for epoch in range(len(history), args.epochs):
-        # Seed each epoch, so that a resumed run repeats it; after iter(loader), which draws from
-        # the generator too. (hash() of integers is the same in every process.)
+        # Seed each epoch, so that a resumed run goes on as if it had never stopped; but after
+        # iter(loader), which draws a number, too.
         loader.sampler.set_epoch(epoch)
         batches = iter(loader)
         torch.manual_seed(hash((args.seed, epoch, RANK)))
@@ -354,7 +354,7 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
                 loss = sum(losses.values())
                 scaler.scale(loss / args.accum).backward()
                 for name, value in losses.items():
-                    totals[name] = totals.get(name, 0) + value.detach()  # no .item(): no waiting
+                    totals[name] = totals.get(name, 0) + value.detach()  # .item() would wait
 
             if epoch == update == 0:
                 print_unused(objective)
@@ -364,7 +364,7 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
             optimizer.zero_grad()
 
             if update % 50 == 0 or update == updates - 1:
-                bar.set_postfix(loss=loss.item())  # .item() waits for the GPU, so not each time
+                bar.set_postfix(loss=loss.item())  # .item() waits for the GPU: not always
                 if not loss.isfinite():
                     raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}: lower --blr")
 
@@ -457,7 +457,7 @@ def load_weights(vit, tensors, source):
         vit.load_state_dict(tensors)
     except (RuntimeError, IndexError) as error:
         raise UserError(f"{source} does not fit a ViT of this size, for square images, with one "
-                        f"class token: {' '.join(str(error).split())[:200]}")
+                        f"class token and a last norm: {' '.join(str(error).split())[:200]}")
 
 def resize_pos_embed(pos_embed, grid):
     """Position embeddings (1, 1 + g², dim) resized to (1, 1 + grid², dim), as MAE does it."""
@@ -670,8 +670,8 @@ def make_parser(prog, doc, recipe, teacher=False):
     add("--resume", action="store_true", help="continue a run: repeat its command and add this")
     add("--epochs", type=COUNT, help="passes over the data")
     add("--warmup-epochs", type=RATE, help="of linear warm-up")
-    add("--batch-size", type=COUNT, help="images per process and step")
-    add("--accum", type=COUNT, help="steps that make one update (default: 1)")
+    add("--batch-size", type=COUNT, help="images per process")
+    add("--accum", type=COUNT, help="batches that make one update (default: 1)")
     add("--blr", type=RATE, help="peak learning rate for 256 images per update")
     add("--weight-decay", type=RATE, help="of AdamW")
     add("--drop-path", type=SHARE, help="rate of skipping a branch")
