@@ -1,11 +1,23 @@
-"""For study.py --content: how much of a relation's variance the photo explains."""
+"""How much of a relation's variance the photo explains: a table for each block and pair.
 
+    python extras/content.py                                     (CIFAR-10, the teacher in assets/)
+    python extras/content.py --data FOLDER --teacher CHECKPOINT
+
+It compares the teacher with a network without training, on 1,000 photos of test/ or of FOLDER.
+"""
+
+import argparse
 import os
+import sys
 
 import torch
+from torchvision.transforms import v2
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
 import tinymim
+
+PAIRS = "qq", "kk", "vv", "qk"
 
 @torch.no_grad()
 def explained(teacher, photos):
@@ -20,7 +32,7 @@ def explained(teacher, photos):
         totals, squares = {}, {}
         for batch in photos.split(50):
             qkv = dict(zip("qkv", teacher.qkv_at(tinymim.normalize(batch / 255), block)))
-            for pair in ("qq", "kk", "vv", "qk"):
+            for pair in PAIRS:
                 a, b = pair
                 relation = tinymim.log_relation(qkv[a], qkv[b], teacher.heads).exp().double()
                 totals[pair] = totals.get(pair, 0) + relation.sum(0)  # (h, N, N)
@@ -32,22 +44,32 @@ def explained(teacher, photos):
             shares[block, pair] = (1 - of_mean / of_all).mean().item()
     return shares
 
-def print_content(args, path):
-    """A table of explained() for the teacher and, to compare, for a network without training."""
-    folder = os.path.join(args.out, "data", "all", "val")
-    paths = tinymim.find_images(folder)
-    chosen = paths[::max(1, len(paths) // 1000)][:1000]
-    photos = torch.stack([tinymim.decode(os.fsdecode(name)) for name in chosen])
+def print_content(args):
     teacher = tinymim.load_teacher(args.teacher)
+    root = data.cifar10() if args.data == "cifar10" else args.data
+    paths = tinymim.find_images(tinymim.image_folder(root, "test"))
+    chosen = paths[::max(1, len(paths) // 1000)][:1000]
+    middle = v2.Compose([v2.Resize(teacher.img_size), v2.CenterCrop(teacher.img_size)])
+    photos = torch.stack([middle(tinymim.decode(os.fsdecode(path))) for path in chosen])
     torch.manual_seed(0)
-    random = tinymim.ViT(teacher.dim, teacher.depth, teacher.heads, teacher.config["patch_size"],
-                         teacher.img_size)
-    print(f"\nHow much of a relation's variance the photo explains (%), {len(photos)} test photos")
-    for name, vit in (("teacher", teacher), ("random", random)):
+    sizes = {k: v for k, v in teacher.config.items() if k != "relation_heads"}
+    networks = {"teacher": teacher, "random": tinymim.ViT(**sizes)}
+    print(f"How much of a relation's variance the photo explains (%), {len(photos)} photos")
+    for name, vit in networks.items():
         shares = explained(vit.eval(), photos)
         print(f"\n| {name}: block | q-q | k-k | v-v | q-k |\n|---|---|---|---|---|")
         for block in range(1, vit.depth + 1):
-            row = [shares[block, pair] for pair in ("qq", "kk", "vv", "qk")]
+            row = [shares[block, pair] for pair in PAIRS]
             print(f"| {block} | {' | '.join(f'{100 * share:.0f}' for share in row)} |")
-            for pair, share in zip(("qq", "kk", "vv", "qk"), row):
-                data.results(path, f"content/{name}/{block} {pair}", share)
+            for pair, share in zip(PAIRS, row if args.json else ()):
+                data.results(args.json, f"content/{name}/{block} {pair}", share)
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("extras/content.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="cifar10", help="or a folder of photos")
+    parser.add_argument("--teacher", default=data.CIFAR10_TEACHER, help="a checkpoint")
+    parser.add_argument("--json", metavar="FILE", help="add the shares to it, as fractions")
+    tinymim.run(parser, print_content, parser.parse_args(argv))
+
+if __name__ == "__main__":
+    main()

@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 import torchvision
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 import finetune
 import tinymim
 from tinymim import UserError
+
+CIFAR10_TEACHER = os.path.join(ROOT, "assets", "cifar10_teacher.pth")
 
 def set_up_cpu():
     """What suits small networks on a CPU, as settings, and as options, which it returns."""
@@ -50,11 +53,14 @@ def link_splits(root, out):
     """Links in OUT/data: "all" and "few" labels (a tenth), with the test photos as val, and "tune":
     few, with another tenth as val. Returns how many training photos there are."""
     test = f"{root}/test" if os.path.isdir(f"{root}/test") else f"{root}/val"
-    finetune.read_folder(test)  # better missing now than after hours
     paths, labels, classes = finetune.read_folder(f"{root}/train")
+    if finetune.read_folder(test)[2] != classes:  # better said now than after hours
+        raise UserError(f"{root}/train and {test} have different classes")
     links = {"all/train": f"{root}/train", "all/val": test, "few/val": test}
     for i, name in enumerate(classes):
         found = [os.fsdecode(path) for path in paths[labels == i]]
+        if len({os.path.basename(path) for path in found}) < len(found):
+            raise UserError(f"in {root}/train/{name} two photos have the same name")
         tenth = math.ceil(len(found) / 10)
         for part, chosen in (("few/train", found[:tenth]), ("tune/train", found[:tenth]),
                              ("tune/val", found[-tenth:])):
@@ -67,6 +73,12 @@ def link_splits(root, out):
         elif os.path.realpath(link) != os.path.realpath(target):
             raise UserError(f"{out} is of other photos: {os.path.realpath(link)}")
     return len(paths)
+
+def ship(checkpoint, path):
+    """A teacher's checkpoint in float16, its weights and config alone, for assets/."""
+    tensors, _, config = tinymim.read_checkpoint(checkpoint)
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    torch.save({"model": half, "config": config}, path)
 
 def results(path, key=None, result=None):
     """Add {key: result} to a JSON file that others change too. Returns all that is in it."""

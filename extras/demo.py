@@ -28,7 +28,6 @@ import data
 import finetune
 import mae
 import shapes
-import study
 import tinymim
 
 TEACHER = os.path.join(ROOT, "assets", "shapes_teacher.pth")
@@ -151,7 +150,7 @@ def main(argv=None):
     parser.add_argument("--ship", metavar="FILE", help="make assets/shapes_teacher.pth of it")
     args = parser.parse_args(argv)
     if args.ship:
-        return study.ship(args.ship, TEACHER)
+        return data.ship(args.ship, TEACHER)
     if os.path.exists(args.out):
         sys.exit(f"extras/demo.py: error: {args.out} exists: delete it, or choose another --out")
     os.makedirs(args.out)

@@ -3,7 +3,7 @@
     python extras/figures.py --run runs/tiny            (relations.png; --method: the README's, too)
     python extras/figures.py --log runs/tiny runs/x     (curves.png: loss and accuracy over epochs)
     python extras/figures.py --speed speed.json         (of extras/benchmark.py --json: speed.svg)
-    python extras/figures.py --results results.json     (of extras/study.py --curve: lengths.svg)
+    python extras/figures.py --results results.json     (of extras/study.py: lengths.svg)
 
 They are written beside what they show, or to --out. --data: photos for --run, instead of its own.
 """
@@ -19,7 +19,8 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tinymim
-from study import CURVES, LENGTHS, of_seeds
+from rows import CURVES, LENGTHS
+from study import of_seeds
 
 try:
     import matplotlib.pyplot as plt
@@ -148,9 +149,11 @@ def draw_lengths(found, path):
         tops = {epochs: of_seeds(found, labels, f"{spec} --epochs {epochs}") for epochs in LENGTHS}
         return {epochs: values for epochs, values in tops.items() if values}
 
-    titles = {"few": "5,000 labels", "all": "all 50,000 labels"}
+    titles = {"few": "a tenth of the labels", "all": "all labels"}
     titles = {labels: title for labels, title in titles.items()
               if any(len(of_lengths(labels, spec)) > 1 for spec in CURVES.values())}
+    if not titles:
+        raise tinymim.UserError("no row has results of two lengths (study.py --tables length)")
     figure, panels = plt.subplots(1, len(titles), figsize=(4.5 * len(titles), 3), squeeze=False,
                                   layout="constrained")
     for axes, (labels, title) in zip(panels.flat, titles.items()):

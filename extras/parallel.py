@@ -45,7 +45,7 @@ def make_epoch(item):
     dataset, epoch = item
     crops = [ImageDataset.__getitem__(dataset, epoch * len(dataset) + index)[0]
              for index in range(len(dataset))]
-    part = dataset.path(epoch) + ".part"
+    part = f"{dataset.path(epoch)}.{os.getpid()}"
     with open(part, "wb") as file:
         np.save(file, torch.stack(crops).numpy())
     os.replace(part, dataset.path(epoch))
@@ -62,21 +62,19 @@ def set_up(folder, log):
     tinymim.ImageDataset = finetune.ImageDataset = KeptDataset
     tinymim.decode = functools.cache(tinymim.decode)
 
-def in_processes(function, items, jobs, seconds, folder, log):
-    """Yields function(item) of all items, as they end in `jobs` processes. After so many seconds
-    it stops. folder, log: see set_up()."""
+def in_processes(function, items, jobs, folder, log):
+    """Yields function(item) of all items, as they end in `jobs` processes. See set_up()."""
     spawn = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(jobs, spawn, set_up, (folder, log))
-    tasks = [pool.submit(function, item) for item in items]
     try:
-        for task in concurrent.futures.as_completed(tasks, min(seconds, 10**6)):
+        for task in concurrent.futures.as_completed([pool.submit(function, x) for x in items]):
             yield task.result()
-    except concurrent.futures.TimeoutError:
-        print("the time is over: run it again to continue")
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError(f"a process was killed, for its memory perhaps: see {log}-*.txt, or try "
                         "fewer --jobs") from None
-    finally:
+    except BaseException:  # of one row: do not wait for the others
         for process in multiprocessing.active_children():
             process.terminate()
+        raise
+    finally:
         pool.shutdown(cancel_futures=True)

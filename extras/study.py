@@ -1,14 +1,13 @@
 """The paper's tables at small scale, and when relations beat features, on CIFAR-10 or your photos.
 
-    python extras/study.py --data cifar10 --tune        (first: learning rates, on held-out photos)
-    python extras/study.py --data cifar10 --tables T8   (then one table, some, or by default all)
-    python extras/study.py --data cifar10 --curve       (when do relations beat features?)
-    python extras/study.py --content                    (how much of a relation the photo explains)
-    python extras/study.py --smallest                   (a smoke test of every row, on drawn shapes)
+    python extras/study.py --tables T8                          (or some; by default all the paper's)
+    python extras/study.py --tables length content depth end    (when do relations beat features?)
+    python extras/study.py --data FOLDER --teacher new --tune   (your photos: first learning rates)
+    python extras/study.py --smallest                           (every row, on drawn shapes: a test)
 
-The teacher for CIFAR-10 is in assets/ (--teacher new trains one). In each row a student learns from
-it in one way and is fine-tuned on a tenth of the labels or on all. The last epoch's top-1 on the
-test photos counts. OUT/results.json keeps it; a stop costs an epoch. Other --seeds can run beside.
+In each row (rows.py) a student learns in one way from a teacher, for CIFAR-10 that in assets/, and
+is fine-tuned on a tenth of the labels or on all. The last epoch's top-1 on the test photos counts.
+OUT/results.json keeps it with its settings; a stop costs an epoch. Other --seeds can run beside.
 """
 
 import argparse
@@ -23,7 +22,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import torch
 
-import content
 import data
 import finetune
 import mae
@@ -31,108 +29,34 @@ import parallel
 import shapes
 import targets
 import tinymim
+from rows import METHODS, ROWS, method_of
 from tinymim import UserError
 
-SHIPPED = os.path.join(ROOT, "assets", "cifar10_teacher.pth")
 NETWORKS = {  # width, depth, heads
     "teacher": (192, 6, 6), "assistant": (144, 5, 6), "student": (96, 4, 3), "deep": (96, 12, 3)}
 SMALLEST = {
     "teacher": (24, 6, 6), "assistant": (12, 5, 3), "student": (12, 4, 3), "deep": (12, 12, 3)}
 SIZE, CROP_SCALE = 32, 0.5  # of the photos, in pixels, and of fine-tuning's crops, at least
-LENGTHS = 1, 3, 10, 30  # epochs of distillation
-CURVES = {"relation (qk vv)": "--relations qk vv", "relation (vv)": "--relations vv",
-          "feature": "--target output", "MAE": "mae"}
-# Table, row, how its student is pre-trained (options of targets.py, or words), top-1 in the paper
-# (ViT-B; in Tables 8 and 11 ViT-T). A table's first row is what the others are compared with. The
-# teacher has 6 blocks: 3, 4, 5 and 6 stand for the paper's 12, 15, 21 and 24 of 24. Words: mae and
-# scratch train the student itself, deep is a student of 12 blocks, new-end starts fine-tuning from
-# a last block that is new after its q, k and v, as it is after relations.
-ROWS = (
-    ("T8", "relation (qk vv)", "--relations qk vv", 75.8),
-    ("T8", "relation (qq kk vv)", "", None),
-    ("T8", "feature", "--target output", 73.4),
-    ("T8", "class token", "--target cls", 70.6),
-    ("T8", "MAE", "mae", 71.6),
-    ("T8", "scratch", "scratch", 72.2),
-    ("T8", "the teacher itself", "teacher", None),
-    ("T10", "block 5", "", 84.8),
-    ("T10", "block 6", "--teacher-block 6", 84.4),
-    ("T10", "block 4", "--teacher-block 4", 84.1),
-    ("T10", "block 3", "--teacher-block 3", 83.6),
-    ("T12", "raw input", "", 84.6),
-    ("T12", "75% masked", "--mask-ratio 0.75", 83.9),
-    ("T12", "75% masked, and MAE's loss", "--mask-ratio 0.75 --mae", 84.0),
-    ("T13", "drop path of teacher 0, student 0.1", "", 84.6),
-    ("T13", "drop path of teacher 0, student 0", "--drop-path 0", 84.3),
-    ("T13", "drop path of teacher 0, student 0.2", "--drop-path 0.2", 84.3),
-    ("T13", "drop path of teacher 0, student 0.3", "--drop-path 0.3", 84.1),
-    ("T13", "drop path of teacher 0.1, student 0.1", "--teacher-drop-path 0.1", 83.9),
-    ("T7", "qk vv", "--relations qk vv", 84.6),
-    ("T7", "qk vv without softmax", "--relations qk vv --target logit", 84.4),
-    ("T7", "qq kk vv", "", 84.5),
-    ("T7", "qq kk vv without softmax", "--target logit", 84.4),
-    ("T6", "Q/K/V", "--target qkv", 84.3),
-    ("T6", "FFN", "--target ffn", 84.2),
-    ("T6", "attention", "--target attention", 84.1),
-    ("T6", "output", "--target output", 83.7),
-    ("T6", "FFN after the residual", "--target ffn-after", 81.8),
-    ("T6", "attention after the residual", "--target attention-after", 81.3),
-    ("T5", "MAE", "mae", 83.6),
-    ("T5", "class token", "--target cls", 80.6),
-    ("T5", "class token, and MAE's loss", "--target cls --mae", 82.1),
-    ("T11", "teacher → assistant → student", "--teacher assistant", 75.0),
-    ("T11", "teacher → student", "", 74.4),
-    # Hypothesis 1: relations converge more slowly. MAE has 10/3 of the epochs, which take as long.
-    *(("length", f"{name}, {epochs} epochs", f"{spec} --epochs {epochs}", None)
-      for epochs in LENGTHS for name, spec in CURVES.items()),
-    # Hypothesis 2: relations that say more about the photo teach better. The teacher's block is 5.
-    *(("content", pairs, f"--relations {pairs} --epochs 3", None)
-      for pairs in ("qk vv", "qq kk vv", "vv", "qk", "qq kk")),
-    *(("content", f"vv, block {block}", f"--relations vv --teacher-block {block} --epochs 3", None)
-      for block in (3, 4, 6)),
-    # Hypothesis 3: of 12 blocks, relations leave a twelfth half trained; of 4 blocks, a quarter.
-    ("depth", "relation (qk vv), 12 blocks", "deep --relations qk vv --epochs 3", None),
-    ("depth", "relation (vv), 12 blocks", "deep --relations vv --epochs 3", None),
-    ("depth", "feature, 12 blocks", "deep --target output --epochs 3", None),
-    # Hypothesis 4: both from the same start of the last block, features from block 5.
-    ("end", "relation (qk vv)", "--relations qk vv --epochs 10 new-end", None),
-    ("end", "feature of block 5", "--target output --teacher-block 5 --epochs 10 new-end", None),
-    # And what of it matters: features from the output, and of block 5 with the end they trained.
-    ("end", "feature", "--target output --epochs 10 new-end", None),
-    ("end", "feature of block 5, end not new", "--target output --teacher-block 5 --epochs 10",
-     None),
-)
-CURVE = ("length", "content", "depth", "end")
-METHODS = {  # the rows by which --tune tunes
-    "relation": "", "logit": "--target logit", "feature": "--target output", "cls": "--target cls",
-    "mae": "mae", "scratch": "scratch", "teacher": "teacher"}
 
-def method_of(spec):
-    """Rows of one method share their learning rates."""
-    for name in ("mae", "scratch", "teacher", "cls", "logit"):
-        if name in spec.split():
-            return name
-    return "feature" if "--target" in spec else "relation"
-
-def rates_to_try(method, found=None):
-    """Pairs of --blr of pre-training and --blr of fine-tuning: eight for each method, three for the
-    teacher. With their results, three: the best, and half and twice its rate of pre-training."""
+def rates_to_try(method, found, epochs):
+    """--blr of pre-training and of fine-tuning: eight pairs, three for the teacher, or with
+    --tune-epochs three: the best, and half and twice its rate of pre-training."""
+    if epochs > 1:
+        pretraining, fine = best_rates(method, found)
+        return [(pretraining * factor, fine) for factor in (1, 0.5, 2)]
     if method in ("scratch", "teacher"):
-        rates = [(0, 1e-3 * 2**i) for i in (2, 1, 3, 0, 4, 5, 6, -1)]
-        return rates[:3] if method == "teacher" else rates
+        return [(0, 1e-3 * 2**i) for i in ((1, 2, 3) if method == "teacher" else range(-1, 7))]
     usual = 2e-3 if method == "mae" else 4e-3
     tries = [(1, 4e-3), (1, 8e-3), (1, 1.6e-2), (2, 1.6e-2), *((x, 8e-3) for x in (0.5, 2, 4, 8))]
-    rates = [(usual * factor, fine) for factor, fine in tries]
-    if found is None:
-        return rates
-    pretraining, fine = best_rates(method, found, rates, "tune")
-    return [(pretraining * factor, fine) for factor in (1, 0.5, 2)]
+    return [(usual * factor, fine) for factor, fine in tries]
 
-def best_rates(method, found, rates, tuned):
-    """Those with the best result named `tuned`/method/rates. The first, if none was tried."""
-    def result(pair):
-        return top1(found.get(f"{tuned}/{method}/{pair[0]:g} {pair[1]:g}", 0))
-    return max(rates, key=result)
+def best_rates(method, found):
+    """Those with the best result of --tune, or the best for CIFAR-10."""
+    tried = [key for key in found if key.startswith(f"tune/{method}/")]
+    if not tried:
+        return METHODS[method][1]
+    best = max(tried, key=lambda key: found[key]["top1"])
+    return tuple(float(rate) for rate in best.split("/")[2].split())
 
 def sizes(args, network):
     numbers = (SMALLEST if args.smallest else NETWORKS)[network]
@@ -190,18 +114,26 @@ def fine_tuning_epochs(args, spec, labels):
     if spec == "scratch":  # as many updates as the row of MAE has in all
         photos = tinymim.find_images(os.path.join(args.out, "data", labels, "train"))
         updates = args.mae_epochs * (args.images // args.batch_size)
-        epochs += math.ceil(updates / (len(photos) // (args.batch_size // 2)))
+        epochs += math.ceil(updates / max(1, len(photos) // (args.batch_size // 2)))
     return epochs
 
 def folder_of(args, spec, seed, labels, rates):
     """For a row's pre-training, and its fine-tunings. new-end changes only what follows."""
     name = spec.replace(" new-end", "").replace("--", "").replace(" ", "-") or "relation"
-    tune = "-tune" * (labels == "tune")
+    tune = f"-tune{args.tune_epochs}" if labels == "tune" else ""
     return os.path.join(args.out, f"{name}-seed{seed}-{rates[0]:g}{tune}")
 
+def settings(args, spec, labels, rates):
+    """On what a result depends, besides the row and the seed."""
+    found = dict(fine_tuning_epochs=fine_tuning_epochs(args, spec, labels), blr=list(rates),
+                 batch_size=args.batch_size, teacher=os.path.basename(args.teacher))
+    if spec not in ("scratch", "teacher"):
+        found["epochs"] = epochs_of(args, spec)
+    return found
+
 def accuracy(args, spec, seed, labels, rates):
-    """Pre-train as a row says, fine-tune on OUT/data/`labels`/train, test on its val: the top-1,
-    and how it came about."""
+    """Pre-train as a row says, fine-tune on OUT/data/`labels`/train, test on its val. Returns the
+    result: top-1 and settings."""
     folder = folder_of(args, spec, seed, labels, rates)
     epochs, options = fine_tuning_epochs(args, spec, labels), ["--layer-decay", 0.75]
     if spec == "scratch":
@@ -219,29 +151,17 @@ def accuracy(args, spec, seed, labels, rates):
                   "--checkpoint", checkpoint, "--data", os.path.join(args.out, "data", labels),
                   "--epochs", epochs, "--batch-size", args.batch_size // 2, "--blr", rates[1],
                   "--seed", seed, *options, *args.machine)
-    last, device = history[-1], "gpu" if torch.cuda.is_available() else "cpu"
-    result = dict(top1=round(last["top1"], 2), fine_tuning_epochs=last["epoch"], blr=rates,
-                  batch_size=args.batch_size, teacher=os.path.basename(args.teacher), device=device)
-    if checkpoint not in ("none", args.teacher):
-        result["epochs"] = epochs_of(args, spec)
-    return result
-
-def top1(result):
-    """The accuracy in a result: a number or, with its protocol, {"top1": number, ...}."""
-    return result["top1"] if isinstance(result, dict) else result
+    result = settings(args, spec, labels, rates)
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    return result | dict(top1=round(history[-1]["top1"], 2), device=device)
 
 def of_seeds(found, labels, spec):
     """The top-1 of all seeds of a row, among the results."""
-    return [top1(found[key]) for key in found if key.startswith(f"{labels}/{spec}/")]
+    return [found[key]["top1"] for key in found if key.startswith(f"{labels}/{spec}/")]
 
 def print_tables(results, tables):
     """Markdown: mean ± deviation over the seeds (in parentheses, the difference to row 1)."""
     names = {"few": "a tenth of the labels", "all": "all labels"}
-    names = {labels: name for labels, name in names.items()
-             if any(key.startswith(labels) for key in results)}
-    if not names:
-        print("There are no results yet.")
-        return
     for table in tables:
         rows = [(row, [paper] if paper else [], *(of_seeds(results, x, spec) for x in names))
                 for name, row, spec, paper in ROWS if name == table]
@@ -257,12 +177,6 @@ def print_tables(results, tables):
                 cells += (text,)
             print(f"| {' | '.join(cells)} |")
 
-def ship(checkpoint, path=SHIPPED):
-    """A teacher's checkpoint in float16, its weights and config alone, for assets/."""
-    tensors, _, config = tinymim.read_checkpoint(checkpoint)
-    half = {name: tensor.half() for name, tensor in tensors.items()}
-    torch.save({"model": half, "config": config}, path)
-
 def list_jobs(args, found):
     """What accuracy() is to be asked, and the keys of the results: [(spec, seed, labels, rates,
     key)]. With --tune, one row of each method, at several rates."""
@@ -270,20 +184,26 @@ def list_jobs(args, found):
     if args.tune is not None:
         tuned = "tune" if args.tune_epochs == 1 else f"tune{args.tune_epochs}"
         for method in args.tune or dict.fromkeys(map(method_of, specs)):
-            for rates in rates_to_try(method, found if args.tune_epochs > 1 else None):
+            for rates in dict.fromkeys(rates_to_try(method, found, args.tune_epochs)):
                 key = f"{tuned}/{method}/{rates[0]:g} {rates[1]:g}"
-                jobs.append((METHODS[method], 0, "tune", rates, key))
+                jobs.append((METHODS[method][0], 0, "tune", rates, key))
         return jobs
     for labels in args.labels:
         for seed, spec in [(seed, spec) for seed in args.seeds for spec in specs]:
-            method = method_of(spec)
-            if not any(key.startswith(f"tune/{method}/") for key in found):
-                print(f"{method}: its learning rates are untried (--tune, or assets/*.json)")
-            longer = "--epochs 10" in spec or "--epochs 30" in spec  # than the first tuning
-            rates = best_rates(method, found, rates_to_try(method, found if longer else None),
-                               "tune10" if longer else "tune")
+            rates = best_rates(method_of(spec), found)
             jobs.append((spec, seed, labels, rates, f"{labels}/{spec}/{seed}"))
     return jobs
+
+def is_done(args, job, found, path):
+    """Whether its result is in `found`, what `path` holds. One of other settings is an error."""
+    spec, _, labels, rates, key = job
+    if key not in found:
+        return False
+    for name, value in settings(args, spec, labels, rates).items():
+        if found[key].get(name) != value:
+            raise UserError(f"{path} has {key} with {name} {found[key].get(name)}, not {value}: "
+                            "choose another --out")
+    return True
 
 def list_crops(args, jobs):
     """The crops that these rows will see: [(dataset, epoch)], without those that are there."""
@@ -310,7 +230,7 @@ def list_crops(args, jobs):
     return [item for path, item in crops.items() if not os.path.exists(path)]
 
 def side_by_side(args, jobs):
-    """Yields (job, result) of all jobs, short ones first, as they end in --jobs processes."""
+    """Yields (job, result) as they end in --jobs processes, those with short pre-training first."""
     groups, began, log = {}, time.monotonic(), os.path.join(args.out, "log")
     for job in sorted(jobs, key=lambda job: epochs_of(args, job[0])):
         groups.setdefault(folder_of(args, *job[:4]), []).append(job)  # they share a pre-training
@@ -319,14 +239,10 @@ def side_by_side(args, jobs):
     crops = list_crops(args, jobs)
     gigabytes = sum(len(dataset) for dataset, _ in crops) * 3 * SIZE**2 / 1e9
     print(f"first {gigabytes:.1f} GB of crops into {folder}, then rows. Their output: {log}-*.txt")
-
-    def finished(function, items, processes):
-        left = args.seconds - (time.monotonic() - began)
-        return parallel.in_processes(function, items, processes, left, folder, log)
-
-    for _ in finished(parallel.make_epoch, crops, os.cpu_count()):
+    for _ in parallel.in_processes(parallel.make_epoch, crops, os.cpu_count(), folder, log):
         pass
-    for rows in finished(functools.partial(run_group, args), list(groups.values()), args.jobs):
+    run = functools.partial(run_group, args)
+    for rows in parallel.in_processes(run, list(groups.values()), args.jobs, folder, log):
         for job, result in rows:
             print(f"{time.monotonic() - began:.0f} s: {job[-1]} {result['top1']}", flush=True)
             yield job, result
@@ -342,11 +258,13 @@ def run_group(args, jobs):
         raise UserError(str(error)) from None
 
 def study(args):
-    if args.ship:
-        return ship(args.ship)
     path = os.path.join(args.out, "results.json")
     if args.print:
         return print_tables(data.results(path), args.tables)
+    if args.teacher is None:
+        args.teacher = "new" if args.smallest else data.CIFAR10_TEACHER
+        if args.data != "cifar10":
+            raise UserError("--teacher new trains one on these photos; or name a checkpoint")
     if args.smallest:
         args.data, args.batch_size, args.seeds = os.path.join(args.out, "shapes"), 16, [0]
         args.teacher_epochs = args.mae_epochs = args.distill_epochs = 1
@@ -363,21 +281,23 @@ def study(args):
     if args.teacher == "new":
         folder = os.path.join(args.out, "teacher")
         args.teacher = pretrain(args, "mae", folder, blr=1.5e-3, network="teacher")
-    if args.content:
-        return content.print_content(args, path)
+    size = tinymim.read_checkpoint(args.teacher)[1]["img_size"]
+    if size != SIZE:
+        raise UserError(f"{args.teacher} is for photos of {size} pixels, these have {SIZE}")
 
     if args.tune is not None:  # with shorter runs
         args.mae_epochs = round(args.tune_epochs * 10 / 3)
         args.distill_epochs, args.few_epochs = args.tune_epochs, 10
     found = data.results(path)
-    jobs = [job for job in list_jobs(args, found) if job[-1] not in found]
+    jobs = [job for job in list_jobs(args, found) if not is_done(args, job, found, path)]
     for spec, _, _, rates, _ in jobs:
         if "assistant" in spec:
             pretrain(args, "", os.path.join(args.out, "assistant"), 0, rates[0], "assistant")
     one_by_one = ((job, accuracy(args, *job[:4])) for job in jobs)
     for job, result in side_by_side(args, jobs) if args.jobs > 1 else one_by_one:
         data.results(path, job[-1], result)
-    print_tables(data.results(path), args.tables if args.tune is None else [])
+    if args.tune is None:
+        print_tables(data.results(path), args.tables)
     if args.smallest:
         print("\nA smoke test: with networks and data as small these numbers say nothing.")
 
@@ -386,12 +306,9 @@ def main(argv=None):
     add, count = parser.add_argument, tinymim.COUNT
     tables = list(dict.fromkeys(row[0] for row in ROWS))
     add("--data", default="cifar10", help="or a folder with train/ and test/ or val/")
-    add("--out", default="runs/study", help="folder for everything (default: runs/study)")
-    add("--teacher", help="a checkpoint, or new (default: assets/cifar10_teacher.pth for cifar10)")
-    add("--ship", metavar="FILE", help="make assets/cifar10_teacher.pth of a checkpoint of mae.py")
+    add("--out", help="folder for everything (default: runs/study)")
+    add("--teacher", help="a checkpoint, or new to train one (cifar10: assets/cifar10_teacher.pth)")
     add("--tables", nargs="+", choices=tables, help="default: those of the paper")
-    add("--curve", action="store_true", help=f"the tables {', '.join(CURVE)}")
-    add("--content", action="store_true", help="print how much of the relations the photo explains")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of student and fine-tuning")
     add("--labels", nargs="+", choices=("few", "all"), default=["few", "all"], help="a tenth, all")
     add("--tune", nargs="*", choices=METHODS, help="try rates, of these or of --tables's methods")
@@ -402,13 +319,9 @@ def main(argv=None):
         add(f"--{name}-epochs", type=count, default=epochs, help=f"default: {epochs}")
     add("--batch-size", type=count, default=128, help="of pre-training; half in fine-tuning")
     add("--jobs", type=count, default=1, help="rows side by side (on a GPU 6 are best; default: 1)")
-    add("--seconds", type=count, default=10**9, help="with --jobs: no longer than this")
     args = parser.parse_args(argv)
-    if args.tables is None:
-        args.tables = [name for name in tables if (name in CURVE) == args.curve or args.smallest]
-    if args.teacher is None:
-        shipped = args.data == "cifar10" and not args.smallest
-        args.teacher = SHIPPED if shipped else "new"
+    args.tables = args.tables or [name for name in tables if name[0] == "T" or args.smallest]
+    args.out = args.out or ("runs/smallest" if args.smallest else "runs/study")
     tinymim.run(parser, study, args)
 
 if __name__ == "__main__":

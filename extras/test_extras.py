@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import argparse
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
@@ -350,8 +351,17 @@ def test_splits_share_no_photo_and_end_at_the_right_ones(pictures, tmp_path):
     assert photos("few/val") == photos("all/val") == test_photos
     assert photos("all/train") == {str(path) for path in pictures.glob("train/*/*")}
     assert data.link_splits(str(pictures), str(tmp_path)) == 40  # once more
+    other = shutil.copytree(pictures, tmp_path / "other")
     with pytest.raises(UserError, match="is of other photos"):
-        data.link_splits(str(link(pictures, tmp_path / "other") / "train" / ".."), str(tmp_path))
+        data.link_splits(str(other), str(tmp_path))
+    photo = sorted(other.glob("train/*/*"))[0]
+    (photo.parent / "more").mkdir()
+    shutil.copy(photo, photo.parent / "more")
+    with pytest.raises(UserError, match="two photos have the same name"):
+        data.link_splits(str(other), str(tmp_path / "again"))
+    shutil.rmtree(other / "test" / photo.parent.name)
+    with pytest.raises(UserError, match="different classes"):
+        data.link_splits(str(other), str(tmp_path / "again"))
 
 def test_cifar10_as_files_and_a_missing_folder(tmp_path, monkeypatch):
     photos = datasets.FakeData(8, (3, 8, 8), num_classes=2)
@@ -359,7 +369,8 @@ def test_cifar10_as_files_and_a_missing_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "CIFAR10", lambda *_, **options: photos)
     assert data.link_splits(data.cifar10(str(tmp_path)), str(tmp_path / "out")) == 8
     with pytest.raises(SystemExit, match="should hold a folder of images for each class"):
-        study.main(["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out")])
+        study.main(["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out"),
+                    "--teacher", "new"])
 
 def test_attention_on_a_cpu_is_the_usual():
     torch.manual_seed(0)
@@ -374,15 +385,15 @@ def test_attention_on_a_cpu_is_the_usual():
 
 def test_results_keep_what_others_wrote(tmp_path):
     path = str(tmp_path / "results.json")
-    data.results(path, "few//0", 50.0)
-    data.results(path, "few//1", 52.0)
+    data.results(path, "few//0", {"top1": 50.0})
+    data.results(path, "few//1", {"top1": 52.0})
     written = json.loads((tmp_path / "results.json").read_text())
-    assert data.results(path) == written == {"few//0": 50.0, "few//1": 52.0}
+    assert data.results(path) == written == {"few//0": {"top1": 50.0}, "few//1": {"top1": 52.0}}
 
 def test_tables_compare_with_the_first_row(capsys):
     found = {"few/--relations qk vv/0": 70.0, "few/--relations qk vv/1": 72.0, "few//0": 73.0,
              "few/--target cls/0": 60.0, "few/--target cls --mae/0": 99.0}
-    study.print_tables(found, ["T8"])
+    study.print_tables({key: {"top1": value} for key, value in found.items()}, ["T8"])
     lines = capsys.readouterr().out.splitlines()[3:]
     rows = dict(line.strip("| ").partition(" | ")[::2] for line in lines)
     assert rows["relation (qk vv)"] == "75.8 | 71.0 ± 1.4"
@@ -390,16 +401,23 @@ def test_tables_compare_with_the_first_row(capsys):
     assert rows["class token"] == "70.6 (-5.2) | 60.0 (-11.0)"
 
 def test_rows_of_one_method_share_their_rates():
-    assert all(study.method_of(spec) == name for name, spec in study.METHODS.items())
+    assert all(study.method_of(spec) == name for name, (spec, _) in study.METHODS.items())
     for spec in ("--teacher assistant", "--relations qk vv"):
         assert study.method_of(spec) == "relation"
-    assert {len(study.rates_to_try(name)) for name in study.METHODS if name != "teacher"} == {8}
-    found = {"tune/feature/0.008 0.008": 60.0, "tune/feature/0.016 0.008": {"top1": 61.0}}
-    longer = study.rates_to_try("feature", found)
-    assert longer == [(0.016, 0.008), (0.008, 0.008), (0.032, 0.008)]
-    assert study.best_rates("feature", found, longer, "tune10") == longer[0]  # none tried yet
-    found["tune10/feature/0.008 0.008"] = 70.0
-    assert study.best_rates("feature", found, longer, "tune10") == longer[1]
+    for name, (_, best) in study.METHODS.items():
+        tries = study.rates_to_try(name, {}, 1)
+        assert best in tries and len(set(tries)) == (3 if name == "teacher" else 8)
+        assert study.best_rates(name, {}) == best
+    found = {"tune/feature/0.008 0.008": {"top1": 61.0}, "tune/feature/0.016 0.008": {"top1": 60.0}}
+    assert study.best_rates("feature", found) == (0.008, 0.008)
+    longer = study.rates_to_try("feature", found, 10)
+    assert longer == [(0.008, 0.008), (0.004, 0.008), (0.016, 0.008)]
+
+def test_a_result_of_other_settings_is_not_taken_for_this_ones(tmp_path):
+    shutil.copy(os.path.join(data.ROOT, "assets", "cifar10.json"), tmp_path / "results.json")
+    with pytest.raises(SystemExit, match="results.json has few/.* with .*: choose another --out"):
+        study.main(["--smallest", "--tables", "T8", "--out", str(tmp_path), "--teacher",
+                    data.CIFAR10_TEACHER])
 
 def test_every_row_of_the_study_works(tmp_path):
     """At its smallest, two side by side. What is finished is not run again."""
@@ -414,8 +432,8 @@ def test_every_row_of_the_study_works(tmp_path):
     script("study.py", "--smallest", "--tables", "end", "--out", tmp_path / "alone")
     beside = data.results(tmp_path / "results.json")
     alone = data.results(tmp_path / "alone" / "results.json")
-    assert len(alone) == 8 and alone.items() <= beside.items()
-    checkpoint = "relations-qk-vv-epochs-10-seed0-0.004/pretrain/last.pth"
+    assert len(alone) == 10 and alone.items() <= beside.items()
+    checkpoint = "relations-qk-vv-epochs-10-seed0-0.016/pretrain/last.pth"
     losses = [tinymim.load_file(folder / checkpoint)["history"][-1]["loss"]
               for folder in (tmp_path, tmp_path / "alone")]
     assert losses[0] == losses[1]
@@ -445,25 +463,28 @@ def test_a_row_that_fails_beside_others_says_why():
 def killed(_):
     os.kill(os.getpid(), 9)
 
-def waits(_):
-    time.sleep(60)
+def fails_or_waits(number):
+    if number == 0:
+        raise UserError("a full disk")
+    time.sleep(600)
 
-def test_processes_that_are_killed_or_take_too_long(tmp_path, capsys):
-    def run(function, seconds):
-        log = str(tmp_path / "log")
-        return list(parallel.in_processes(function, [0, 1], 2, seconds, str(tmp_path), log))
+def test_processes_that_are_killed_or_fail(tmp_path):
+    def run(function):
+        return list(parallel.in_processes(function, [0, 1], 2, str(tmp_path), tmp_path / "log"))
 
     with pytest.raises(UserError, match="a process was killed"):
-        run(killed, 100)
-    assert run(waits, 1) == []
-    assert "the time is over" in capsys.readouterr().out
+        run(killed)
+    with pytest.raises(UserError, match="a full disk"):  # at once
+        run(fails_or_waits)
     assert not multiprocessing.active_children()
 
 def test_the_studys_teacher():
     path = os.path.join(os.path.dirname(HERE), "assets", "cifar10_teacher.pth")
-    assert path == study.SHIPPED and os.path.getsize(path) < 6e6
+    assert path == data.CIFAR10_TEACHER and os.path.getsize(path) < 6e6
     config = dict(dim=192, depth=6, heads=6, patch_size=4, img_size=32, relation_heads=None)
     assert tinymim.load_teacher(path).config == config
+    with pytest.raises(SystemExit, match="--teacher new trains one on these photos"):
+        study.main(["--data", "mine"])
 
 def test_content_is_what_the_photo_explains():
     """Of a relation that is the same in all photos nothing, of one with a constant mean map all."""
@@ -479,6 +500,13 @@ def test_content_is_what_the_photo_explains():
     constant = maps.mean(0).var(2, unbiased=False)
     assert found[3, "qk"] == pytest.approx((1 - constant / total).mean().item(), rel=1e-5)
     assert len(found) == 3 * 4 and all(0 < share < 1 for share in found.values())
+
+def test_content_of_photos_of_any_size(pictures, tmp_path, capsys):
+    content.main(["--data", str(pictures), "--json", str(tmp_path / "shares.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| 6 | ") for line in lines) == 2
+    shares = data.results(tmp_path / "shares.json")
+    assert len(shares) == 2 * 6 * 4 and all(0 < share < 1 for share in shares.values())
 
 def test_the_demos_teacher_and_its_pictures(tmp_path):
     path = os.path.join(os.path.dirname(HERE), "assets", "shapes_teacher.pth")
