@@ -73,7 +73,7 @@ def relation_loss(student_qkv, teacher_qkv, relation_heads, pairs=("qq", "kk", "
 
     student_qkv, teacher_qkv: queries, keys, values of one block, (B, N, D) each. B and N are the
     same in both networks, D may differ. Both are split into the same number of relation heads,
-    however many heads their attention has. The teacher's relation is the target: no gradient.
+    however many heads their attention has. (The paper has an adaptive last block for this.)
     """
     student = dict(zip("qkv", student_qkv))
     teacher = dict(zip("qkv", teacher_qkv))
