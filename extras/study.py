@@ -306,7 +306,7 @@ def main(argv=None):
     add, count = parser.add_argument, tinymim.COUNT
     tables = list(dict.fromkeys(row[0] for row in ROWS))
     add("--data", default="cifar10", help="or a folder with train/ and test/ or val/")
-    add("--out", help="folder for everything (default: runs/study)")
+    add("--out", help="folder for everything (default: runs/study or runs/smallest)")
     add("--teacher", help="a checkpoint, or new to train one (cifar10: assets/cifar10_teacher.pth)")
     add("--tables", nargs="+", choices=tables, help="default: those of the paper")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of student and fine-tuning")
