@@ -274,8 +274,8 @@ def study(args):
     root = data.cifar10() if args.data == "cifar10" else args.data
     args.images = data.link_splits(root, args.out)
     tinymim.decode = functools.cache(tinymim.decode)  # small photos fit in memory: decode them once
-    if torch.cuda.is_available():  # networks as small wait for their workers, and for compilation
-        args.machine = ["--workers", os.cpu_count() - 1, "--no-compile"]
+    if torch.cuda.is_available():  # where such small networks wait for all but the GPU
+        args.machine = ["--workers", os.cpu_count() - 1, "--no-compile", "--amp", "off"]
     else:
         args.machine = ["--workers", 0, *data.set_up_cpu()]
     if args.teacher == "new":
@@ -299,7 +299,7 @@ def study(args):
     if args.tune is None:
         print_tables(data.results(path), args.tables)
     if args.smallest:
-        print("\nA smoke test: with networks and data as small these numbers say nothing.")
+        print("\nA smoke test: with such small networks and data these numbers say nothing.")
 
 def main(argv=None):
     parser = argparse.ArgumentParser("extras/study.py", description=__doc__.split("\n")[0])
