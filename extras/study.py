@@ -1,6 +1,6 @@
 """The paper's tables at small scale, and when relations beat features, on CIFAR-10 or your photos.
 
-    python extras/study.py --tables T8                          (or some; by default all the paper's)
+    python extras/study.py --tables T8                          (or some; default: the paper's)
     python extras/study.py --tables length content depth end    (when do relations beat features?)
     python extras/study.py --data FOLDER --teacher new --tune   (your photos: first learning rates)
     python extras/study.py --smallest                           (every row, on drawn shapes: a test)
