@@ -43,10 +43,11 @@ from tinymim import ImageDataset, UserError, ViT, relation_loss
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # leaving torchvision
 
 @pytest.fixture(autouse=True)
-def usual_attention(monkeypatch):
-    """The study and the demo put another in its place: undo that after each test."""
+def usual_functions(monkeypatch):
+    """The study and the demo put others in their place: undo that after each test."""
     usual = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", usual)
+    monkeypatch.setattr(tinymim, "decode", tinymim.decode)
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
