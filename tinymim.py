@@ -273,7 +273,7 @@ def two_views(crops):
 RECIPE = dict(  # the authors', if an update has 4096 images: batch_size * accum * processes
     epochs=300,
     warmup_epochs=None,  # None: a 20th of the epochs
-    batch_size=256,  # images per process
+    batch_size=256,  # images per batch and process
     accum=1,  # batches whose gradients make one update
     blr=1.5e-4,  # peak learning rate for 256 images per update
     min_lr=0.0,
@@ -670,7 +670,7 @@ def make_parser(prog, doc, recipe, teacher=False):
     add("--resume", action="store_true", help="continue a run: repeat its command and add this")
     add("--epochs", type=COUNT, help="passes over the data")
     add("--warmup-epochs", type=RATE, help="of linear warm-up")
-    add("--batch-size", type=COUNT, help="images per process")
+    add("--batch-size", type=COUNT, help="images per batch and process")
     add("--accum", type=COUNT, help="batches that make one update (default: 1)")
     add("--blr", type=RATE, help="peak learning rate for 256 images per update")
     add("--weight-decay", type=RATE, help="of AdamW")

@@ -11,7 +11,6 @@ import os
 import sys
 
 import torch
-from torchvision.transforms import v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
@@ -48,12 +47,9 @@ def print_content(args):
     teacher = tinymim.load_teacher(args.teacher)
     root = data.cifar10() if args.data == "cifar10" else args.data
     paths = tinymim.find_images(tinymim.image_folder(root, "test"))
-    chosen = paths[::max(1, len(paths) // 1000)][:1000]
-    middle = v2.Compose([v2.Resize(teacher.img_size), v2.CenterCrop(teacher.img_size)])
-    photos = torch.stack([middle(tinymim.decode(os.fsdecode(path))) for path in chosen])
+    photos = data.middles(paths[::max(1, len(paths) // 1000)][:1000], teacher.img_size)
     torch.manual_seed(0)
-    sizes = {k: v for k, v in teacher.config.items() if k != "relation_heads"}
-    networks = {"teacher": teacher, "random": tinymim.ViT(**sizes)}
+    networks = {"teacher": teacher, "random": tinymim.ViT(**teacher.config)}
     print(f"How much of a relation's variance the photo explains (%), {len(photos)} photos")
     for name, vit in networks.items():
         shares = explained(vit.eval(), photos)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from torchvision.transforms import v2
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -74,6 +75,11 @@ def link_splits(root, out):
             raise UserError(f"{out} is of other photos: {os.path.realpath(link)}")
     return len(paths)
 
+def middles(paths, size):
+    """The middle squares of some photos, uint8 (P, 3, size, size)."""
+    middle = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+    return torch.stack([middle(tinymim.decode(os.fsdecode(path))) for path in paths])
+
 def ship(checkpoint, path):
     """A teacher's checkpoint in float16, its weights and config alone, for assets/."""
     tensors, _, config = tinymim.read_checkpoint(checkpoint)
@@ -89,6 +95,10 @@ def results(path, key=None, result=None):
         part.write_text(json.dumps(found, indent=1, sort_keys=True))
         part.replace(path)
     return found
+
+def of_seeds(found, labels, spec):
+    """The top-1 of all seeds of a row, among the results."""
+    return [found[key]["top1"] for key in found if key.startswith(f"{labels}/{spec}/")]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("extras/data.py", description="Download CIFAR-10 as files.")

@@ -15,12 +15,11 @@ import sys
 from statistics import mean, stdev
 
 import torch
-from torchvision.transforms import v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tinymim
+from data import middles, of_seeds
 from rows import CURVES, LENGTHS
-from study import of_seeds
 
 try:
     import matplotlib.pyplot as plt
@@ -42,9 +41,8 @@ def load_run(folder, data):
     torch.manual_seed(args.seed)  # as in tinymim.setup
     objective, student = tinymim.build(args).eval(), tinymim.load_teacher(checkpoint)
     paths = tinymim.find_images(tinymim.image_folder(data or args.data, "train"))
-    crop = v2.Compose([v2.Resize(student.img_size), v2.CenterCrop(student.img_size)])
-    crops = [crop(tinymim.decode(os.fsdecode(path))) for path in paths[::len(paths) // 4 or 1][:4]]
-    return torch.stack(crops), objective, student
+    crops = middles(paths[::len(paths) // 4 or 1][:4], student.img_size)
+    return crops, objective, student
 
 @torch.no_grad()
 def relation_maps(objective, network, images):

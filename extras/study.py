@@ -18,8 +18,7 @@ import statistics
 import sys
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 import data
@@ -135,7 +134,8 @@ def accuracy(args, spec, seed, labels, rates):
     """Pre-train as a row says, fine-tune on OUT/data/`labels`/train, test on its val. Returns the
     result: top-1 and settings."""
     folder = folder_of(args, spec, seed, labels, rates)
-    epochs, options = fine_tuning_epochs(args, spec, labels), ["--layer-decay", 0.75]
+    result, options = settings(args, spec, labels, rates), ["--layer-decay", 0.75]
+    epochs = result["fine_tuning_epochs"]
     if spec == "scratch":
         checkpoint = "none"
         options = [*sizes(args, "student"), "--patch-size", 4, "--img-size", SIZE,
@@ -151,19 +151,14 @@ def accuracy(args, spec, seed, labels, rates):
                   "--checkpoint", checkpoint, "--data", os.path.join(args.out, "data", labels),
                   "--epochs", epochs, "--batch-size", args.batch_size // 2, "--blr", rates[1],
                   "--seed", seed, *options, *args.machine)
-    result = settings(args, spec, labels, rates)
     device = "gpu" if torch.cuda.is_available() else "cpu"
     return result | dict(top1=round(history[-1]["top1"], 2), device=device)
-
-def of_seeds(found, labels, spec):
-    """The top-1 of all seeds of a row, among the results."""
-    return [found[key]["top1"] for key in found if key.startswith(f"{labels}/{spec}/")]
 
 def print_tables(results, tables):
     """Markdown: mean ± deviation over the seeds (in parentheses, the difference to row 1)."""
     names = {"few": "a tenth of the labels", "all": "all labels"}
     for table in tables:
-        rows = [(row, [paper] if paper else [], *(of_seeds(results, x, spec) for x in names))
+        rows = [(row, [paper] if paper else [], *(data.of_seeds(results, x, spec) for x in names))
                 for name, row, spec, paper in ROWS if name == table]
         header = [f"{table} (difference to row 1)", "paper", *names.values()]
         print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
