@@ -2,7 +2,6 @@
 
     python extras/figures.py --run runs/tiny            (relations.png; --method: the README's, too)
     python extras/figures.py --log runs/tiny runs/x     (curves.png: loss and accuracy over epochs)
-    python extras/figures.py --speed speed.json         (of extras/benchmark.py --json: speed.svg)
     python extras/figures.py --results results.json     (of extras/study.py: lengths.svg)
 
 They are written beside what they show, or to --out. --data: photos for --run, instead of its own.
@@ -123,23 +122,6 @@ def draw_method(crops, objective, path):
     canvas.text(0.6, 1.58, "colours\njittered")
     figure.savefig(path, metadata={"Date": None})
 
-def draw_bars(panels, path):
-    """Horizontal bars, a panel for each {title: {name: values}}: mean and standard deviation."""
-    rows = [len(bars) for bars in panels.values()]
-    size = 8, 0.25 * sum(rows) + 0.3 * len(rows)
-    figure, axes = plt.subplots(len(rows), figsize=size, squeeze=False, layout="constrained",
-                                height_ratios=rows)
-    for cell, (title, bars) in zip(axes.flat, panels.items()):
-        for name, values in reversed(bars.items()):
-            error = stdev(values) if len(values) > 1 else None
-            color = BLUE if name.startswith(("tinymim.py", "relation")) else GRAY
-            label = f"{mean(values):.1f} ± {error:.1f}" if error else f"{mean(values):.3g}"
-            bar = cell.barh(name, mean(values), 0.7, xerr=error, color=color)
-            cell.bar_label(bar, [label], padding=4)
-        cell.set(xticks=[], xlim=(0, 1.15 * max(map(mean, bars.values()))), frame_on=False)
-        cell.set_title(title, loc="left")
-    figure.savefig(path, metadata={"Date": None})
-
 def draw_lengths(found, path):
     """Accuracy after fine-tuning against epochs of distillation: mean, deviation. A panel for few
     labels and one for all, if there are results of more than one length."""
@@ -190,7 +172,7 @@ def draw_curves(folders, path):
 def draw(args):
     out = args.out or args.run
     if out is None:
-        out = args.log[0] if args.log else os.path.dirname(args.speed or args.results) or "."
+        out = args.log[0] if args.log else os.path.dirname(args.results) or "."
     os.makedirs(out, exist_ok=True)
     if args.run:
         crops, objective, student = load_run(args.run, args.data)
@@ -199,14 +181,6 @@ def draw(args):
             draw_method(crops, objective, os.path.join(out, "method.svg"))
     if args.log:
         draw_curves(args.log, os.path.join(out, "curves.png"))
-    if args.speed:
-        speed = json.load(open(args.speed))
-        columns = {"pipeline": "images/s, 1 worker", "step": "images/s", "end to end": "images/s"}
-        where = speed["machine"]["GPU"] or speed["machine"]["processor"]
-        panels = {f"{key}: {column}, {where}": {
-            next(iter(row.values())): [row[column]] for row in speed[key]}
-            for key, column in columns.items() if key in speed}
-        draw_bars(panels, os.path.join(out, "speed.svg"))
     if args.results:
         draw_lengths(json.load(open(args.results)), os.path.join(out, "lengths.svg"))
     print(f"drawn into {out}")
@@ -214,13 +188,13 @@ def draw(args):
 def main(argv=None):
     parser = argparse.ArgumentParser("extras/figures.py", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    for name in ("run", "speed", "results", "data", "out"):
+    for name in ("run", "results", "data", "out"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--log", nargs="+", metavar="RUN")
     parser.add_argument("--method", action="store_true")
     args = parser.parse_args(argv)
-    if not (args.run or args.log or args.speed or args.results):
-        parser.error("nothing to draw: --run, --log, --speed or --results")
+    if not (args.run or args.log or args.results):
+        parser.error("nothing to draw: --run, --log or --results")
     tinymim.run(parser, draw, args)
 
 if __name__ == "__main__":

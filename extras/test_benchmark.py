@@ -143,7 +143,3 @@ def test_the_benchmark_and_its_figure(pictures, tmp_path):
         share = 100 * rate / (1000 * parts["product, TFLOP/s"])
         assert parts["teacher, % of it"] == pytest.approx(share)
     assert len(result["parts"]) == 2
-    pytest.importorskip("matplotlib")
-    (tmp_path / "speed.json").write_text(printed)
-    script("figures.py", "--speed", tmp_path / "speed.json", "--out", tmp_path)
-    assert "</svg>" in (tmp_path / "speed.svg").read_text()
