@@ -523,10 +523,10 @@ def image_folder(data, split=""):
     folder = os.path.join("data", "imagenette2-320") if data == "imagenette" else data
     if data == "imagenette" and must_fetch(folder):
         archive = download("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz")
-        with tempfile.TemporaryDirectory(dir=".") as partial:  # the folder appears when it is whole
+        os.makedirs("data", exist_ok=True)
+        with tempfile.TemporaryDirectory(dir="data") as partial:  # the folder appears whole
             extract_archive(archive, partial)
-            if not os.path.isdir(folder):  # another machine may share the disk, and be faster
-                os.renames(os.path.join(partial, "imagenette2-320"), folder)
+            os.rename(os.path.join(partial, "imagenette2-320"), folder)
     inside = os.path.join(folder, split)
     return inside if os.path.isdir(inside) else folder
 
