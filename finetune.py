@@ -36,7 +36,7 @@ class Classifier(ViT):
                  drop_path=0.0):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         super().__init__(dim, depth, heads, patch_size, img_size, rates)
-        self.config |= dict(num_classes=num_classes)
+        self.config["num_classes"] = num_classes
         self.pos_embed.requires_grad_(True)  # fixed in pre-training, learnt here, as in MAE
         self.norm = nn.Identity()  # the norm follows the mean instead
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6)
@@ -58,11 +58,12 @@ def build(args, checkpoint, classes, kind=Classifier, new=("head", "fc_norm")):
     tensors, sizes, config = checkpoint
     model = kind(**sizes, num_classes=len(classes), drop_path=args.drop_path)
     model.config |= dict(classes=classes, relation_heads=config.get("relation_heads"))
-    if config.get("classes") != classes and new:  # the old head is of no use
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("head")}
+    initial = {name: t for name, t in model.state_dict().items() if name.startswith(new)}
+    # An old head is of use only if its classes, and what comes before it, are the same.
+    keep = config.get("classes") == classes and initial.keys() <= tensors.keys()
+    head = {name: t for name, t in initial.items() if name.startswith("head") and not keep}
     if tensors:
-        initial = {name: t for name, t in model.state_dict().items() if name.startswith(new)}
-        tinymim.load_weights(model, initial | tensors, args.checkpoint)
+        tinymim.load_weights(model, initial | tensors | head, args.checkpoint)
     return model
 
 class Supervised(nn.Module):
@@ -143,7 +144,7 @@ def train_transform(img_size, crop_scale, augment):
     steps = [v2.RandomResizedCrop(img_size, (crop_scale, 1.0), interpolation=BICUBIC),
              v2.RandomHorizontalFlip()]
     magnitude = AUGMENTATIONS[augment]["randaugment"]
-    if magnitude is not None:
+    if magnitude:
         change = functools.partial(rand_augment, magnitude=magnitude)  # unlike a lambda, it pickles
         steps += [v2.ToPILImage(), v2.Lambda(change), v2.PILToTensor()]
     return v2.Compose(steps)
@@ -182,7 +183,7 @@ RECIPES = {  # by the smallest width that they are for
     # The authors' for TinyMIM-B. MAE's own ViT-B has 0.1, see settle().
     768: dict(epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.2),
     # MAE's for ViT-L. (For its ViT-H it has a drop path of 0.3.)
-    1024: dict(epochs=50, warmup_epochs=5, blr=1e-3, layer_decay=0.75, drop_path=0.2),
+    1024: dict(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
 }
 DEFAULTS = dict(batch_size=128, weight_decay=0.05, min_lr=1e-6, augment="strong")
 
@@ -199,16 +200,18 @@ def settle(args):
         tensors, sizes, config = tinymim.read_checkpoint(args.checkpoint, args.heads)
     for name in sizes:
         sizes[name] = getattr(args, name) or sizes[name]
-    recipe = DEFAULTS | RECIPES[max(width for width in RECIPES if width <= sizes["dim"])]
+    dim = sizes["dim"]
+    recipe = DEFAULTS | RECIPES[max(width for width in RECIPES if width <= dim)]
     if args.checkpoint == "none":
         recipe["layer_decay"] = 1  # there is nothing to preserve in early layers
-    elif sizes["dim"] == 768 and config.get("relation_heads") is None:
+    elif dim == 768 and config.get("relation_heads") is None:
         recipe["drop_path"] = 0.1
     for option, value in recipe.items():
         if getattr(args, option) is None:
             setattr(args, option, value)
     if args.warmup_epochs is None:
-        args.warmup_epochs = min(5, args.epochs / 20)  # MAE's: 5 of 100
+        # MAE's: 5 epochs of 50 for ViT-L, of 100 for ViT-B.
+        args.warmup_epochs = min(5, args.epochs / (10 if dim >= 1024 else 20))
     return tensors, sizes, config
 
 def parameter_groups(model, weight_decay, layer_decay):
@@ -225,8 +228,7 @@ def parameter_groups(model, weight_decay, layer_decay):
             layer = 0
         plain = parameter.ndim <= 1 or name.endswith(("_token", "pos_embed"))
         decay = 0.0 if plain else weight_decay
-        scale = layer_decay ** (top - layer)
-        group = dict(params=[], weight_decay=decay, lr_scale=scale)
+        group = dict(params=[], weight_decay=decay, lr_scale=layer_decay ** (top - layer))
         groups.setdefault((layer, decay), group)["params"].append(parameter)
     return list(groups.values())
 
@@ -245,7 +247,7 @@ def evaluate(model, paths, labels, args, transform=None):
         crops, labels = (tensor.to(args.device, non_blocking=True) for tensor in batch)
         with torch.autocast(args.device, DTYPES[args.amp], enabled=args.amp != "off"):
             logits = model(tinymim.normalize(crops / 255)).float()
-        right = (logits.argmax(dim=1) == labels).sum()
+        right = (logits.argmax(1) == labels).sum()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([right, loss])
     if WORLD > 1:
@@ -288,13 +290,13 @@ def train(args, build_model=build, make_objective=Supervised):
     model = build_model(args, checkpoint, classes).to(args.device)
     dataset = ImageDataset(
         paths, train_transform(model.img_size, args.crop_scale, args.augment), args.seed, labels)
-    evaluate(model, val_paths, val_labels, args)  # finds broken files now, not after an epoch
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
 
     def evaluate_epoch(epoch):
         due = epoch % args.eval_every == 0 or epoch == args.epochs
         return evaluate(model, val_paths, val_labels, args) if due else {}
 
+    evaluate_epoch(args.epochs)  # finds broken files now, not after an epoch
     tinymim.fit(make_objective(model, args).to(args.device), dataset,
                 Augment(len(classes), args.augment),
                 torch.optim.AdamW(groups, fused=args.device == "cuda"), args, evaluate_epoch)
