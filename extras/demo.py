@@ -11,7 +11,6 @@ fine-tuned. demo.png shows their accuracy, and how the patches of a picture rela
 import argparse
 import concurrent.futures
 import contextlib
-import functools
 import multiprocessing
 import os
 import statistics
@@ -55,7 +54,7 @@ COLOURS = {"scratch": "#bbbbbb", "MAE": "#8fb4d9", "distilled": "#2563a8", "the 
 def learn(name, out, seed):
     """Pre-train and fine-tune one of STARTS, in a process of its own. Returns its top-1."""
     common = ["--seed", str(seed), "--device", "cpu", "--workers", "0", *data.set_up_cpu()]
-    tinymim.decode = functools.cache(tinymim.decode)  # such small pictures fit in memory
+    data.keep_small_photos()
     folder = os.path.join(out, f"{name.split()[-1]}-{seed}")
     unlabelled = ["--data", os.path.join(out, "pictures", "unlabelled"), "--out", folder, *common]
     labelled = ["--data", os.path.join(out, "pictures", "labelled"), *common]

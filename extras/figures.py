@@ -151,14 +151,14 @@ def draw_lengths(found, path):
 
 def draw_curves(folders, path):
     """log.jsonl of some runs: all losses, and accuracy if it was measured, over the epochs."""
-    curves = {"loss": {}, "top-1 (%)": {}}
+    curves = {"loss": {}, "%": {}}
     for folder in folders:
         with open(os.path.join(folder, "log.jsonl")) as file:
             log = [json.loads(line) for line in file]
         for name in sorted((log[0].keys() | log[-1].keys()) - {"epoch", "lr", "images/s"}):
-            label = f"{os.path.basename(os.path.normpath(folder))}: {name}"
             points = [(record["epoch"], record[name]) for record in log if name in record]
-            curves["top-1 (%)" if name == "top1" else "loss"][label] = points
+            is_share = name in ("top1", "mIoU") or name.endswith("accuracy")
+            curves["%" if is_share else "loss"][f"{folder}: {name}"] = points
     curves = {title: lines for title, lines in curves.items() if lines}
     figure, panels = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False,
                                   layout="constrained")

@@ -149,6 +149,8 @@ def main(argv=None):
     add("--temperature", type=tinymim.between(float, 0.01), default=1.0, help="of soft labels")
     add("--class-names", help="for --eval: folder of class folders, if the file does not tell them")
     args = parser.parse_args(argv)
+    if args.temperature != 1 and not args.soft:
+        parser.error("--temperature goes with --soft")
     folder = os.path.dirname(args.checkpoint) or os.path.join("runs", args.checkpoint)
     args.out = None if args.eval else args.out or folder + "-distilled"
     if args.eval:

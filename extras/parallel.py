@@ -5,7 +5,6 @@ them in files, 3 KB for a crop and 150 MB for an epoch of CIFAR-10. A row needs 
 """
 
 import concurrent.futures
-import functools
 import hashlib
 import multiprocessing
 import os
@@ -60,7 +59,7 @@ def set_up(folder, log):
     data.use_one_thread()
     KeptDataset.folder = folder
     tinymim.ImageDataset = finetune.ImageDataset = KeptDataset
-    tinymim.decode = functools.cache(tinymim.decode)
+    data.keep_small_photos()
 
 def in_processes(function, items, jobs, folder, log):
     """Yields function(item) of all items, as they end in `jobs` processes. See set_up()."""

@@ -45,6 +45,8 @@ def top1(model, args, folder, transform=None):
     known = model.config["classes"]
     for name in set(classes) - set(known):
         raise UserError(f"{folder} has the class {name}, which the model does not know")
+    if len(classes) < len(known) and RANK == 0:
+        print(f"{folder}: {len(classes)} of the {len(known)} classes, and only among these")
     columns = [known.index(name) for name in classes]
     with model.register_forward_hook(lambda module, images, logits: logits[:, columns]):
         return finetune.evaluate(model, paths, labels, args, transform)["top1"]

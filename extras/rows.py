@@ -82,3 +82,23 @@ def method_of(spec):
         if name in spec.split():
             return name
     return "feature" if "--target" in spec else "relation"
+
+def rates_to_try(method, found, epochs):
+    """--blr of pre-training and of fine-tuning: eight pairs, three for the teacher, or with
+    --tune-epochs three: the best, and half and twice its rate of pre-training."""
+    if epochs > 1:
+        pretraining, fine = best_rates(method, found)
+        return [(pretraining * factor, fine) for factor in (1, 0.5, 2)]
+    if method in ("scratch", "teacher"):
+        return [(0, 1e-3 * 2**i) for i in ((1, 2, 3) if method == "teacher" else range(-1, 7))]
+    usual = 2e-3 if method == "mae" else 4e-3
+    tries = [(1, 4e-3), (1, 8e-3), (1, 1.6e-2), (2, 1.6e-2), *((x, 8e-3) for x in (0.5, 2, 4, 8))]
+    return [(usual * factor, fine) for factor, fine in tries]
+
+def best_rates(method, found):
+    """Those with the best result of --tune, if it is finished, else the best for CIFAR-10."""
+    tries = {rates: found.get(f"tune/{method}/{rates[0]:g} {rates[1]:g}")
+             for rates in rates_to_try(method, found, epochs=1)}
+    if None in tries.values():  # --tune was not finished
+        return METHODS[method][1]
+    return max(tries, key=lambda rates: tries[rates]["top1"])

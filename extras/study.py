@@ -7,7 +7,8 @@
 
 In each row (rows.py) a student learns in one way from a teacher, for CIFAR-10 that in assets/, and
 is fine-tuned on a tenth of the labels or on all. The last epoch's top-1 on the test photos counts.
-OUT/results.json keeps it with its settings; a stop costs an epoch. Other --seeds can run beside.
+OUT/results.json keeps it with its settings; a stop costs an epoch. Other --seeds can run beside,
+once there are OUT/data and the teachers.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
@@ -28,7 +30,7 @@ import parallel
 import shapes
 import targets
 import tinymim
-from rows import METHODS, ROWS, method_of
+from rows import METHODS, ROWS, best_rates, method_of, rates_to_try
 from tinymim import UserError
 
 NETWORKS = {  # width, depth, heads
@@ -36,26 +38,6 @@ NETWORKS = {  # width, depth, heads
 SMALLEST = {
     "teacher": (24, 6, 6), "assistant": (12, 5, 3), "student": (12, 4, 3), "deep": (12, 12, 3)}
 SIZE, CROP_SCALE = 32, 0.5  # of the photos, in pixels, and of fine-tuning's crops, at least
-
-def rates_to_try(method, found, epochs):
-    """--blr of pre-training and of fine-tuning: eight pairs, three for the teacher, or with
-    --tune-epochs three: the best, and half and twice its rate of pre-training."""
-    if epochs > 1:
-        pretraining, fine = best_rates(method, found)
-        return [(pretraining * factor, fine) for factor in (1, 0.5, 2)]
-    if method in ("scratch", "teacher"):
-        return [(0, 1e-3 * 2**i) for i in ((1, 2, 3) if method == "teacher" else range(-1, 7))]
-    usual = 2e-3 if method == "mae" else 4e-3
-    tries = [(1, 4e-3), (1, 8e-3), (1, 1.6e-2), (2, 1.6e-2), *((x, 8e-3) for x in (0.5, 2, 4, 8))]
-    return [(usual * factor, fine) for factor, fine in tries]
-
-def best_rates(method, found):
-    """Those with the best result of --tune, or the best for CIFAR-10."""
-    tried = [key for key in found if key.startswith(f"tune/{method}/")]
-    if not tried:
-        return METHODS[method][1]
-    best = max(tried, key=lambda key: found[key]["top1"])
-    return tuple(float(rate) for rate in best.split("/")[2].split())
 
 def sizes(args, network):
     numbers = (SMALLEST if args.smallest else NETWORKS)[network]
@@ -125,7 +107,7 @@ def folder_of(args, spec, seed, labels, rates):
 def settings(args, spec, labels, rates):
     """On what a result depends, besides the row and the seed."""
     found = dict(fine_tuning_epochs=fine_tuning_epochs(args, spec, labels), blr=list(rates),
-                 batch_size=args.batch_size, teacher=os.path.basename(args.teacher))
+                 batch_size=args.batch_size, teacher=args.teacher_name)
     if spec not in ("scratch", "teacher"):
         found["epochs"] = epochs_of(args, spec)
     return found
@@ -268,7 +250,7 @@ def study(args):
         shapes.write(os.path.join(args.data, "val"), 20, seed=2, size=SIZE)
     root = data.cifar10() if args.data == "cifar10" else args.data
     args.images = data.link_splits(root, args.out)
-    tinymim.decode = functools.cache(tinymim.decode)  # small photos fit in memory: decode them once
+    data.keep_small_photos()
     if torch.cuda.is_available():  # where such small networks wait for all but the GPU
         args.machine = ["--workers", os.cpu_count() - 1, "--no-compile", "--amp", "off"]
     else:
@@ -276,9 +258,13 @@ def study(args):
     if args.teacher == "new":
         folder = os.path.join(args.out, "teacher")
         args.teacher = pretrain(args, "mae", folder, blr=1.5e-3, network="teacher")
-    size = tinymim.read_checkpoint(args.teacher)[1]["img_size"]
-    if size != SIZE:
-        raise UserError(f"{args.teacher} is for photos of {size} pixels, these have {SIZE}")
+    tensors, sizes, _ = tinymim.read_checkpoint(args.teacher)
+    if (sizes["depth"], sizes["patch_size"], sizes["img_size"]) != (6, 4, SIZE):
+        raise UserError("the rows are for a teacher of 6 blocks, patches of 4 pixels and photos of "
+                        f"{SIZE}: {args.teacher} has {sizes}")
+    weights = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    checksum = zlib.crc32(weights)  # many a checkpoint is called last.pth
+    args.teacher_name = f"{os.path.basename(args.teacher)} ({checksum:08x})"
 
     if args.tune is not None:  # with shorter runs
         args.mae_epochs = round(args.tune_epochs * 10 / 3)

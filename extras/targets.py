@@ -119,6 +119,8 @@ def build(args):
     """The objective of --target. tinymim.build makes the networks and chooses the block."""
     if args.mask_ratio and args.target != "relation":
         raise UserError("--mask-ratio goes with --target relation")
+    if args.target == "cls" and args.teacher_block:
+        raise UserError("--target cls is of the teacher's last block: leave out --teacher-block")
     kind = LogitRelation if args.target == "logit" else TinyMIM
     if args.mask_ratio:
         kind = lambda *parts: MaskedRelation(*parts, mask_ratio=args.mask_ratio)

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -331,6 +331,7 @@ def test_what_targets_do_not_take(teacher_file, pictures, tmp_path, capsys):
     options = target_options(teacher_file, *common)
     fails(targets.main, [*options, "--target", "cls", "--mask-ratio", "0.5"],
           "goes with --target relation")
+    fails(targets.main, [*options, "--target", "cls", "--teacher-block", "1"], "leave out")
     fails(targets.main, [*options, "--mask-ratio", "1"], "leaves no relations")
     for option in ("--mask-ratio=-0.1", "--teacher-drop-path=2"):
         with pytest.raises(SystemExit):
@@ -400,6 +401,19 @@ def test_tables_compare_with_the_first_row(capsys):
     assert rows["relation (qk vv)"] == "75.8 | 71.0 ± 1.4"
     assert rows["relation (qq kk vv)"] == " | 73.0 (+2.0)"
     assert rows["class token"] == "70.6 (-5.2) | 60.0 (-11.0)"
+    with pytest.raises(UserError, match="seeds of few/mae differ in epochs: .1, 3."):
+        data.of_seeds({"few/mae/0": dict(epochs=1), "few/mae/1": dict(epochs=3)}, "few", "mae")
+
+def test_only_small_photos_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tinymim, "decode", Mock(side_effect=tinymim.decode))
+    counted = tinymim.decode
+    data.keep_small_photos()
+    for size, decoded in ((64, 1), (65, 2)):
+        Image.new("RGB", (size, 64), "red").save(tmp_path / f"{size}.png")
+        for _ in range(2):
+            assert tinymim.decode(tmp_path / f"{size}.png").shape == (3, 64, size)
+        assert counted.call_count == decoded
+        counted.reset_mock()
 
 def test_rows_of_one_method_share_their_rates():
     assert all(study.method_of(spec) == name for name, (spec, _) in study.METHODS.items())
@@ -409,7 +423,10 @@ def test_rows_of_one_method_share_their_rates():
         tries = study.rates_to_try(name, {}, 1)
         assert best in tries and len(set(tries)) == (3 if name == "teacher" else 8)
         assert study.best_rates(name, {}) == best
-    found = {"tune/feature/0.008 0.008": {"top1": 61.0}, "tune/feature/0.016 0.008": {"top1": 60.0}}
+    found = {f"tune/feature/{a:g} {b:g}": {"top1": 61.0 if a == b else 60.0}
+             for a, b in study.rates_to_try("feature", {}, 1)[1:]}
+    assert study.best_rates("feature", found) == (0.016, 0.008)  # --tune is not finished
+    found["tune/feature/0.004 0.004"] = {"top1": 59.0}
     assert study.best_rates("feature", found) == (0.008, 0.008)
     longer = study.rates_to_try("feature", found, 10)
     assert longer == [(0.008, 0.008), (0.004, 0.008), (0.016, 0.008)]
@@ -574,6 +591,7 @@ def test_robustness_on_folders_with_known_answers(tmp_path, capsys):
     mce = 100 * (50 / 86.6816 + 75 / 81.9324) / 2  # Hendrycks and Dietterich's: over AlexNet's
     result = f"| 37.5 | 25.0 | - | 62.5 | {mce:.1f} |\n\n-C has 2 of its 15 corruptions\n"
     assert f"x.pth {result}" in printed
+    assert "imagenet-a: 2 of the 3 classes" in printed and "imagenet: " not in printed
     assert "snow: error 50.0%" in printed and "fog: error 75.0%" in printed
     assert "Table 4 calls its last column mCE, but it is most probably the\nmean error" in printed
     left_out = printed.split("left out: ")[1]
