@@ -142,7 +142,8 @@ def draw_lengths(found, path):
             errors = [stdev(values) if len(values) > 1 else float("nan")
                       for values in tops.values()]
             axes.errorbar(list(tops), [mean(values) for values in tops.values()], errors,
-                          label=name, color=color, marker="o", markersize=3, capsize=2)
+                          label=name if tops else None, color=color, marker="o", markersize=3,
+                          capsize=2)
         axes.set(xscale="log", xlabel="epochs of distillation", ylabel="top-1 (%)", title=title)
         axes.set_xticks(LENGTHS, LENGTHS)
         axes.minorticks_off()
