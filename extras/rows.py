@@ -95,9 +95,14 @@ def rates_to_try(method, found, epochs):
     tries = [(1, 4e-3), (1, 8e-3), (1, 1.6e-2), (2, 1.6e-2), *((x, 8e-3) for x in (0.5, 2, 4, 8))]
     return [(usual * factor, fine) for factor, fine in tries]
 
+def tune_key(method, rates, epochs=1):
+    """The key of a result of --tune."""
+    tune = "tune" if epochs == 1 else f"tune{epochs}"
+    return f"{tune}/{method}/{rates[0]:g} {rates[1]:g}"
+
 def best_rates(method, found):
     """Those with the best result of --tune, if it is finished, else the best for CIFAR-10."""
-    tries = {rates: found.get(f"tune/{method}/{rates[0]:g} {rates[1]:g}")
+    tries = {rates: found.get(tune_key(method, rates))
              for rates in rates_to_try(method, found, epochs=1)}
     if None in tries.values():  # --tune was not finished
         return METHODS[method][1]

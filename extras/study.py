@@ -30,7 +30,7 @@ import parallel
 import shapes
 import targets
 import tinymim
-from rows import METHODS, ROWS, best_rates, method_of, rates_to_try
+from rows import METHODS, ROWS, best_rates, method_of, rates_to_try, tune_key
 from tinymim import UserError
 
 NETWORKS = {  # width, depth, heads
@@ -159,10 +159,9 @@ def list_jobs(args, found):
     key)]. With --tune, one row of each method, at several rates."""
     specs, jobs = list(dict.fromkeys(row[2] for row in ROWS if row[0] in args.tables)), []
     if args.tune is not None:
-        tuned = "tune" if args.tune_epochs == 1 else f"tune{args.tune_epochs}"
         for method in args.tune or dict.fromkeys(map(method_of, specs)):
             for rates in dict.fromkeys(rates_to_try(method, found, args.tune_epochs)):
-                key = f"{tuned}/{method}/{rates[0]:g} {rates[1]:g}"
+                key = tune_key(method, rates, args.tune_epochs)
                 jobs.append((METHODS[method][0], 0, "tune", rates, key))
         return jobs
     for labels in args.labels:

@@ -115,7 +115,7 @@ def test_steps_that_are_too_few_are_refused():
 
 # ---- All of it ----------------------------------------------------------------------------------
 
-def test_the_benchmark_and_its_figure(pictures, tmp_path):
+def test_the_benchmark(pictures, tmp_path):
     """At the smallest sizes: its numbers belong together; and its bars are drawn."""
     options = ["--student", "nano", "--img-size", 32, "--batch-size", 2, "--workers", 1]
     steps = ["--repeats", 1, "--steps", 8, "--no-compile", "--device", "cpu", "--amp", "off"]
