@@ -58,12 +58,12 @@ def build(args, checkpoint, classes, kind=Classifier, new=("head", "fc_norm")):
     tensors, sizes, config = checkpoint
     model = kind(**sizes, num_classes=len(classes), drop_path=args.drop_path)
     model.config |= dict(classes=classes, relation_heads=config.get("relation_heads"))
-    initial = {name: t for name, t in model.state_dict().items() if name.startswith(new)}
-    # An old head is of use only if its classes, and what comes before it, are the same.
-    keep = config.get("classes") == classes and initial.keys() <= tensors.keys()
-    head = {name: t for name, t in initial.items() if name.startswith("head") and not keep}
+    fresh = {name: t for name, t in model.state_dict().items() if name.startswith(new)}
+    # Keep an old head only if its classes are the same, and the norm before it is there, too.
+    keep = config.get("classes") == classes and fresh.keys() <= tensors.keys()
+    fresh_head = {name: t for name, t in fresh.items() if name.startswith("head") and not keep}
     if tensors:
-        tinymim.load_weights(model, initial | tensors | head, args.checkpoint)
+        tinymim.load_weights(model, fresh | tensors | fresh_head, args.checkpoint)
     return model
 
 class Supervised(nn.Module):
@@ -215,7 +215,7 @@ def settle(args):
     return tensors, sizes, config
 
 def parameter_groups(model, weight_decay, layer_decay):
-    """AdamW's groups. Each layer learns at layer_decay times the rate of that above it, lr_scale.
+    """AdamW's groups. A layer's rate (lr_scale) is layer_decay times that of the layer above it.
     Biases, norms, the class token and the position embeddings are not decayed."""
     groups, top = {}, model.depth + 1
     for name, parameter in model.named_parameters():
@@ -244,11 +244,11 @@ def evaluate(model, paths, labels, args, transform=None):
                         num_workers=args.workers, pin_memory=args.device == "cuda")
     sums = torch.zeros(2, device=args.device)
     for batch in loader:
-        crops, labels = (tensor.to(args.device, non_blocking=True) for tensor in batch)
+        crops, targets = (tensor.to(args.device, non_blocking=True) for tensor in batch)
         with torch.autocast(args.device, DTYPES[args.amp], enabled=args.amp != "off"):
             logits = model(tinymim.normalize(crops / 255)).float()
-        right = (logits.argmax(1) == labels).sum()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        right = (logits.argmax(1) == targets).sum()
+        loss = F.cross_entropy(logits, targets, reduction="sum")
         sums += torch.stack([right, loss])
     if WORLD > 1:
         dist.all_reduce(sums)
@@ -276,7 +276,7 @@ def train(args, build_model=build, make_objective=Supervised):
     if args.eval:
         tensors, sizes, config = checkpoint
         if "head.weight" not in tensors or "head_dist.weight" in tensors:
-            raise UserError(f"{args.checkpoint} does not have one head: fine-tune it first. If it "
+            raise UserError(f"{args.checkpoint} needs exactly one head: fine-tune it first. If it "
                             "has two, extras/finetune_distilled.py evaluates it")
         # MAE's fine-tuned checkpoints do not tell their classes.
         classes = config.get("classes") or read_folder(tinymim.image_folder(args.data, "val"))[2]
@@ -285,7 +285,7 @@ def train(args, build_model=build, make_objective=Supervised):
     paths, labels, classes = read_folder(os.path.join(folder, "train"))
     val_paths, val_labels, val_classes = read_folder(os.path.join(folder, "val"))
     if classes != val_classes:
-        raise UserError(f"only one of {folder}/train and val has the classes "
+        raise UserError(f"only one of {args.data}/train and val has the classes "
                         f"{set(classes) ^ set(val_classes)!s:.80}")
     model = build_model(args, checkpoint, classes).to(args.device)
     dataset = ImageDataset(

@@ -6,21 +6,19 @@ and images that a formula fills (`fill`): anyone can compute them again.
 
 import argparse
 import functools
-import http.server
 import inspect
 import itertools
 import json
 import math
 import os
 import pickle
-import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import tarfile
 import time
 import zlib
 from pathlib import Path
@@ -31,6 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # all that a forked process can use
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -39,7 +38,6 @@ from tinymim import TinyMIM, UserError, ViT, log_relation, relation_loss
 
 HERE = Path(__file__).resolve().parent
 READMES = "".join((HERE / name).read_text("utf-8") for name in ("README.md", "extras/README.md"))
-KILLS = int(os.environ.get("KILLS", 12))  # how often runs are killed at random moments
 SMALL = dict(dim=24, depth=3, heads=2, patch_size=8, img_size=32)  # a ViT that a test can train
 WIDER = SMALL | dict(dim=48, depth=4, heads=4)
 QUICK = ["--epochs=3", "--batch-size=8", "--workers=0", "--device=cpu"]
@@ -72,11 +70,9 @@ def random_qkv(width, tokens=5, seed=0):
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """Every test has an empty folder. After it, tinymim.run()'s handler of Ctrl-C is undone."""
+    """Every test has an empty folder. tinymim.run() leaves pytest's handler of Ctrl-C alone."""
     monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
+    monkeypatch.setattr(tinymim, "signal", Mock())
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
@@ -116,7 +112,7 @@ def refused(says, function, *args, error=UserError):
 def fails(main, options, *says):
     """main(options) ends with an error of one line, which holds all of `says`."""
     line = refused(None, main, options, error=SystemExit).code  # to be printed to stderr
-    assert re.fullmatch(r"\w+\.py: error: .*", line) and all(text in line for text in says), line
+    assert re.fullmatch(r"[\w/]+\.py: error: .*", line) and all(text in line for text in says), line
 
 def args_of(script, *options):
     """The options, as script.main() hands them to script.train()."""
@@ -164,19 +160,9 @@ def test_golden_distillation():
         "blocks.11.norm1.bias": 0.013599193696380758,
     }.items():
         assert student.get_parameter(name).grad.norm().item() == near(norm)
-    without = {name for name, p in student.named_parameters() if p.grad is None}
-    last = [f"blocks.11.{layer}" for layer in ("attn.proj", "norm2", "mlp.fc1", "mlp.fc2")]
-    behind = {f"{layer}.{kind}" for layer in [*last, "norm"] for kind in ("weight", "bias")}
-    assert without == behind | {"pos_embed"}
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
-def test_golden_position_embeddings_and_learning_rate():
-    embeddings = tinymim.sincos_pos_embed(768, 14)[0]
-    assert embeddings.dtype == torch.float32 and embeddings.shape == (197, 768)
-    assert not embeddings[0].any()
-    assert embeddings.double().sum().item() == pytest.approx(69594.49384729861, abs=1e-6)
-    expected = [0.8414709568023682, 0.5403022766113281, 0.6569865942001343, 0.7539022564888]
-    assert embeddings[100, ::192].tolist() == near(expected)
+def test_golden_learning_rates():
     for epoch, expected in {
         0: 0.0, 0.5: 0.0001, 2.5: 0.0005, 5: 0.001, 20.25: 0.0009378167042176453,
         52.5: 0.0005005000000000001, 99.9: 1.0027312259864862e-06, 100: 1e-06,
@@ -235,25 +221,16 @@ def test_what_does_not_fit_is_said_in_words():
         (split, split, 4, r"\(2, 4, 5, 12\).*\(B, N, D\)"),
     ]:
         refused(says, relation_loss, student, teacher, heads, error=ValueError)
-    for block in (-1, 0, 5):
-        refused("blocks 1 to 4 .--teacher-block", TinyMIM, ViT(**SMALL), ViT(**WIDER), block)
-    for dims, heads in (((24, 48), 5), ((24, 36), 8), ((64, 96), 12)):
-        networks = [ViT(**SMALL | dict(dim=dim)) for dim in dims]
-        says = f"{dims[0]} and {dims[1]} .*into {heads} relation heads"
-        refused(says, TinyMIM, *networks, None, heads)
 
 def test_initial_weights_are_maes():
     """Xavier uniform for all matrices, patches flattened. Biases 0, but the patch embedding's."""
     torch.manual_seed(0)
-    vit = ViT(192, 2, 3)
-    for name, parameter in vit.named_parameters():
+    for name, parameter in ViT(192, 2, 3).named_parameters():
         if name.endswith("bias") and "patch_embed" not in name:
             assert not parameter.any(), name
         if name.endswith("weight") and parameter.ndim > 1:
             limit = math.sqrt(6 / sum(parameter.flatten(1).shape))
             assert 0.98 * limit < parameter.abs().max() <= limit, name
-    bias, limit = vit.patch_embed["proj"].bias, (3 * 16 * 16) ** -0.5  # PyTorch's default
-    assert 0.9 * limit < bias.abs().max() <= limit
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_objective_is_the_same():
@@ -327,29 +304,35 @@ def test_checkpoints_that_do_not_load():
 
 def test_download_happens_once_and_deletes_nothing(tmp_path, monkeypatch):
     torch.save({"model": ViT(192, 1, 3, img_size=32).state_dict()}, "whole.pth")
-    hub, whole = Path("hub/checkpoints"), Path("whole.pth").read_bytes()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub, whole, web = Path("hub/checkpoints"), Path("whole.pth").read_bytes(), tmp_path.as_uri()
+    teachers = {name: f"{web}/{name}.pth" for name in ("missing", "whole")}
+    monkeypatch.setattr(tinymim, "TEACHERS", teachers)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
-    for web in (tmp_path.as_uri(), f"http://127.0.0.1:{server.server_port}"):
-        shutil.rmtree("hub", ignore_errors=True)
-        teachers = {name: f"{web}/{name}.pth" for name in ("missing", "whole")}
-        monkeypatch.setattr(tinymim, "TEACHERS", teachers)
-        says = f"{web}/missing.pth.* by hand to {hub}/missing.pth.*demo"
-        refused(says, tinymim.load_teacher, "missing")
-        assert tinymim.load_teacher("whole").dim == 192
-        assert os.listdir(hub) == ["whole.pth"]
-    server.shutdown()
-    server.server_close()
+    says = f"{web}/missing.pth.* by hand to {hub}/missing.pth.*demo"
+    refused(says, tinymim.load_teacher, "missing")
     assert tinymim.load_teacher("whole").dim == 192
-    for error in (MemoryError(), PermissionError("denied"), OSError("I/O error")):
-        with patch.object(torch, "load", side_effect=error):
-            refused(f"{hub}/whole.pth", tinymim.load_teacher, "whole")  # which file it is about
-        assert (hub / "whole.pth").read_bytes() == whole
+    assert os.listdir(hub) == ["whole.pth"]
+    os.remove("whole.pth")  # from here on it is only in the hub
+    assert tinymim.load_teacher("whole").dim == 192
+    with patch.object(torch, "load", side_effect=OSError("I/O error")):
+        refused(f"{hub}/whole.pth", tinymim.load_teacher, "whole")  # which file it is about
+    assert (hub / "whole.pth").read_bytes() == whole
     monkeypatch.setattr(tinymim, "LOCAL_RANK", 1)  # waits for process 0 of its machine
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "other")
     monkeypatch.setattr(time, "sleep", Mock(side_effect=lambda _: shutil.copytree("hub", "other")))
     assert tinymim.load_teacher("whole").dim == 192 and time.sleep.call_count == 1
+
+def test_imagenette_is_unpacked_whole_or_not_at_all():
+    Path("imagenette2-320/train/church").mkdir(parents=True)
+    with tarfile.open("whole.tgz", "w:gz") as archive:
+        archive.add("imagenette2-320")
+    Path("short.tgz").write_bytes(Path("whole.tgz").read_bytes()[:99])
+    with patch.object(tinymim, "download", return_value="short.tgz"):
+        refused("cannot unpack short.tgz .*delete it", tinymim.image_folder, "imagenette")
+    assert os.listdir("data") == []
+    with patch.object(tinymim, "download", return_value="whole.tgz"):
+        assert os.listdir(tinymim.image_folder("imagenette", "train")) == ["church"]
+    assert tinymim.image_folder("imagenette", "val") == os.path.join("data", "imagenette2-320")
 
 def test_odd_files_are_ordinary():
     """Whatever the file's kind and name, and whichever library decodes it: the same picture."""
@@ -366,7 +349,7 @@ def test_odd_files_are_ordinary():
         expected = v2.functional.pil_to_tensor(expected.convert("RGB"))
         difference = (decoded.double() - expected).abs()
         assert difference.mean() < (0.01 if kind == "PNG" else 4), (kind, name)
-        with patch.object(tinymim, "decode_jpeg", None):  # without torchvision's decoder
+        with patch.object(torchvision.io, "decode_image", None):  # without torchvision's decoder
             same(tinymim.decode(name), decoded, atol=2)
 
 def test_pictures_that_are_refused(monkeypatch):
@@ -437,19 +420,12 @@ def test_two_views_of_a_crop_with_torchvisions_color_jitter(monkeypatch):
         expected = v2.functional.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         same(view, expected, atol=1e-5)
 
-def test_crops_depend_on_seed_epoch_and_image_only(pictures):  # also in workers that live on
+def test_crops_differ_by_seed_epoch_and_image(pictures):  # workers: see the killed runs
     paths, crop = tinymim.find_images(pictures / "train"), v2.RandomResizedCrop(16, (0.2, 1))
     crops = [{i: tinymim.ImageDataset(paths, crop, seed)[24 * epoch + i][0] for i in range(24)}
              for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     for a, b in itertools.combinations(crops, 2):
         assert not any(a[i].equal(b[i]) for i in range(24))
-    dataset = tinymim.ImageDataset(paths, crop, labels=np.arange(24))
-    sampler = tinymim.EpochSampler(dataset, 1, 0)
-    loader = tinymim.DataLoader(dataset, 8, sampler=sampler, num_workers=2, persistent_workers=True)
-    for epoch in range(2):
-        sampler.set_epoch(epoch)
-        images, labels = map(torch.cat, zip(*loader))
-        same(dict(zip(labels.tolist(), images)), crops[epoch])
 
 # ---- Training, through the command line ---------------------------------------------------------
 
@@ -461,7 +437,8 @@ def test_what_a_run_leaves(distil, capsys):
     assert log[7]["loss"] < 0.85 * log[0]["loss"]
     for line in (
         "student +24 wide, 3 blocks, 2 heads", "teacher +48 wide, 4 blocks, 4 heads",
-        "loss +qq kk vv of block 3, 4 relation heads", "untrained, .*: .*attn.proj .* student.norm",
+        "loss +qq kk vv of block 3, 4 relation heads",
+        r"untrained, .*: student.blocks.2.attn.proj \S*norm2 \S*fc1 \S*fc2 student.norm$",
         "training +24 images, 3 updates of 8 per epoch, 8 epochs, peak rate 0.00156",
         "machine +cpu, amp off, 0 workers, 1 threads, into run", "finished. Next: .*finetune.py",
     ):
@@ -470,21 +447,14 @@ def test_what_a_run_leaves(distil, capsys):
     assert sorted(os.listdir("run")) == ["last.pth", "log.jsonl"]
     assert last["config"] == SMALL | {"relation_heads": 4}
     assert "teacher.norm.bias" not in last["objective"]
-    tinymim.main([*distil, "--teacher=run/last.pth", "--teacher-heads=2", "--out=next"])
-    assert load("next")["config"]["relation_heads"] == 4  # a student is a valid teacher
 
 def test_a_run_is_a_plain_loop_with_adamw(distil, pictures):
-    """A student does not begin as its teacher did: its relations would be right from the start."""
-    torch.manual_seed(0)
-    began = ViT(**SMALL).state_dict()  # as extras/mae.py begins
-    torch.save({"model": began, "config": SMALL}, "began.pth")
-    distil += ["--epochs=2", "--warmup-epochs=0.5", "--teacher=began.pth", "--teacher-heads=2"]
+    distil += ["--epochs=2", "--warmup-epochs=0.5"]
     tinymim.main(distil)
     torch.manual_seed(0)
-    teacher, student = tinymim.load_teacher("began.pth", heads=2), ViT(**SMALL, drop_path=0.1)
+    teacher, student = tinymim.load_teacher("mae.pth", heads=4), ViT(**SMALL, drop_path=0.1)
     objective, plain, decayed = TinyMIM(student, teacher), [], []
     for name, parameter in student.named_parameters():
-        assert "qkv.weight" not in name or not parameter.equal(began[name])
         if parameter.requires_grad:
             (plain if "norm" in name or "bias" in name else decayed).append(parameter)
     groups = [dict(params=decayed), dict(params=plain, weight_decay=0)]
@@ -546,10 +516,9 @@ def test_two_machines_and_accumulation_are_one_large_batch(distil, tune, monkeyp
     finetune.main(evaluation)
     assert capsys.readouterr().out.splitlines()[-1] == "".join(printed).splitlines()[-1]
 
-def forked(main, options, seconds=None, step=None):
-    """main(options) in a process that is killed after so many seconds or around an os.replace()."""
+def forked(main, options, step=None):
+    """main(options) in a process. Returns whether it was killed, at a step: around os.replace()."""
     if (child := os.fork()) == 0:
-        tinymim.tqdm.set_lock(threading.RLock())  # a killed process would keep the shared one
         steps, replace = itertools.count(1), os.replace
         kill = lambda: next(steps) == step and os.kill(os.getpid(), signal.SIGKILL)
         os.replace = lambda *paths: (kill(), replace(*paths), kill())
@@ -557,28 +526,25 @@ def forked(main, options, seconds=None, step=None):
             main(options)
         finally:
             os._exit(sys.exc_info()[0] is not None)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status == signal.SIGKILL
 
 @pytest.mark.parametrize("first, then", [
-    ("", ""), ("--workers=2", "--workers=2"), ("", "--workers=1"), ("--amp=bf16", "--amp=bf16"),
-    ("--amp=fp16", "--amp=fp16")])
+    ("", ""), ("", "--workers=2"), ("--amp=bf16", "--amp=bf16"), ("--amp=fp16", "--amp=fp16")])
 def test_a_killed_run_resumes_exactly(either, first, then):
-    """Killed between all steps of saving and, up to three times a run, at random moments."""
+    """Killed between all steps of saving, and once more when it goes on."""
     main, options = either[0], either[1] + ["--drop-path=0.2"]
-    began, generator = time.perf_counter(), np.random.RandomState(0)
     forked(main, [*options, *first.split(), "--out=whole"])
-    moments = (time.perf_counter() - began) * generator.uniform(0.2, 0.8, KILLS // 2)
-    kills = [[dict(step=step)] for step in range(1, 13)]
-    kills += [[dict(seconds=s) for s in moments[i:i + 3]] for i in range(0, len(moments), 3)]
-    for kills_of_run in kills[1:2] if then else kills:
-        for kill in [*kills_of_run, {}]:  # nothing may have been saved yet: --resume starts, then
-            forked(main, [*options, *then.split(), "--resume"], **kill)
+    options += [*then.split(), "--resume"]  # which starts a run, if nothing has been saved
+    for step in [2] if then else itertools.count(1):
+        killed, *_ = [forked(main, options, kill) for kill in (step, 3, None)]
         same(result("run"), result("whole"))
         assert ("--amp=fp16" in then) == bool(load("run")["scaler"])
         shutil.rmtree("run")
+        if not killed:  # it has not as many
+            assert step > 6  # in three epochs
+            break
 
 class Size(TinyMIM):
     """Another objective: the student's output, times a learnt scale, is to become small."""
@@ -602,9 +568,6 @@ def test_another_objective(distil, capsys):
     refused("has a run with .*mine.py", tinymim.train, mine.parse_args([*distil, "--resume"]))
     last = load("run")
     assert "scale" in last["objective"] and last["history"][2]["size"] < last["history"][0]["size"]
-    torch.manual_seed(0)
-    began = tinymim.build(args_of(tinymim, *distil)).student.state_dict()
-    assert [name for name in began if began[name].equal(last["model"][name])] == ["pos_embed"]
 
 @pytest.mark.parametrize("scripts, says, options", [  # -GLOB: pictures are gone; !GLOB: damaged
     ("both", "--device cpu", "--device=cuda"), ("both", "/nonexistent", "--data=/nonexistent"),
@@ -614,13 +577,11 @@ def test_another_objective(distil, capsys):
     ("tinymim", "cannot download https://dl.fbaipublicfiles.com/mae/", "--teacher=mae_base"),
     ("tinymim", "no file mae_bass; known by name are mae_base", "--teacher=mae_bass"),
     ("tinymim", "1 to 4", "--teacher-block=9"), ("tinymim", "pair twice", "--relations qq vv qq"),
-    ("tinymim", "--relation-heads", "--relation-heads=7"), ("tinymim", "--blr", "--blr=1e8"),
+    ("tinymim", "--relation-heads", "--relation-heads=16"), ("tinymim", "--blr", "--blr=1e8"),
     ("tinymim", "loss is nan", "--teacher=nan.pth"), ("finetune", "two at", "-*/[gr]*"),
     ("tinymim", "no .jpg, .png or .webp", "-*/*/*"), ("finetune", "classes {'red'}", "-val/red"),
     ("tinymim", "red/2.png", "!train/red/2.png --workers=1"), ("finetune", "/val", "-val"),
     ("finetune", "red/8.png", "!val/red/8.png"), ("finetune", "train/red", "-train/red/*"),
-    ("finetune", "red/8.png", "!val/red/8.png --workers=1"),
-    ("finetune", "no file x", "--checkpoint=x"),
     ("finetune", "one head", "--checkpoint=mae.pth --eval"),
     ("finetune", "--student", "--checkpoint=mae.pth --student=tiny"),
 ])
@@ -695,7 +656,8 @@ def test_pytorchs_errors_get_advice_and_others_keep_their_traceback(distil):
         build = Mock(side_effect=RuntimeError(message))
         main = functools.partial(tinymim.main, build_objective=build)
         fails(main, distil, message.split(" Process")[0].rstrip("."), says)
-    for error in (RuntimeError("my state_dict"), ValueError("memory"), KeyError("parameter group")):
+    in_worker = "Caught RuntimeError in DataLoader worker process 0.\n...\nRuntimeError: a bug"
+    for error in (RuntimeError(in_worker), ValueError("memory"), KeyError("parameter group")):
         build = Mock(side_effect=error)  # a bug, perhaps the user's own
         assert refused(None, tinymim.main, distil, build, error=type(error)) is error
 
@@ -720,16 +682,6 @@ def test_ctrl_c_ends_a_run_with_workers_at_once_and_without_a_traceback(either):
     _, errors = process.communicate(timeout=5)
     assert process.returncode == 130 and "Traceback" not in errors and load("run")["epoch"] > 0
 
-def test_odd_terminals(distil):  # umlauts, a pipe that is soon closed, and an error
-    processes = [start("tinymim", *distil, "--out=ü", "--epochs=1"),
-                 start("tinymim", *distil, "--out=b", "--epochs=200"),
-                 start("finetune", "--checkpoint=none", "--data=/ü", "--out=c")]
-    processes[1].stdout.close()
-    said = [process.stderr.read() for process in processes]
-    assert [process.wait() for process in processes] == [0, 1, 1], said
-    assert load("ü")["epoch"] == 1 and "Traceback" not in said[1]
-    assert re.fullmatch(r"finetune\.py: error: .*ü.*\n", said[2])
-
 # ---- Fine-tuning --------------------------------------------------------------------------------
 
 def test_golden_classifier_and_layer_decay():
@@ -744,20 +696,11 @@ def test_golden_classifier_and_layer_decay():
     for name, expected in {
         "cls_token": (0.003697205891, 0.0), "pos_embed": (0.003697205891, 0.0),
         "patch_embed.proj.weight": (0.003697205891, 0.05),
-        "patch_embed.proj.bias": (0.003697205891, 0.0),
-        "blocks.0.norm1.weight": (0.005688009063, 0.0),
         "blocks.0.attn.qkv.weight": (0.005688009063, 0.05),
         "blocks.5.mlp.fc1.bias": (0.049022278906, 0.0), "blocks.11.mlp.fc2.weight": (0.65, 0.05),
         "fc_norm.weight": (1.0, 0.0), "head.weight": (1.0, 0.05), "head.bias": (1.0, 0.0),
     }.items():
         assert found[model.get_parameter(name)] == near(expected), name
-
-def test_timm_agrees():
-    timm = pytest.importorskip("timm")
-    ours, images = filled(finetune.Classifier(192, 12, 3), "ft."), fill("images", 2, 3, 224, 224)
-    theirs = timm.create_model("vit_tiny_patch16_224", global_pool="avg").double().eval()
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    same(ours(images), theirs(images), atol=1e-9)
 
 def evaluate(capsys, path, folder):
     """[top-1, loss] that --eval prints. Here they are counted in another way."""
@@ -789,14 +732,11 @@ def test_finetuning_learns_and_is_evaluated_exactly(tune, pictures, capsys):
     evaluate(capsys, "bare.pth", val)
     finetune.main([*tune, "--out=rare", "--epochs=5", "--eval-every=2"])
     assert [record["epoch"] for record in load("rare")["history"] if "top1" in record] == [2, 4, 5]
-    shutil.copytree(val, "some", ignore=shutil.ignore_patterns("blue"))  # not all classes
-    options = [*QUICK, "--eval", "--checkpoint=run/last.pth", "--data=some"]
-    fails(finetune.main, options, "some has other classes", "robustness.py")
-    fails(finetune.main, [*options, "--checkpoint=bare.pth", "--heads=2"], "head.weight")
     shutil.copytree(pictures, "renamed")  # as many classes, one of them another
     for split in ("train", "val"):
         os.rename(f"renamed/{split}/red", f"renamed/{split}/apple")
-    fails(finetune.main, [*options, "--data=renamed"], "renamed/val has other classes")
+    options = [*QUICK, "--eval", "--checkpoint=run/last.pth", "--data=renamed"]
+    fails(finetune.main, options, "renamed/val has other classes", "robustness.py")
     options = [*tune, "--epochs=6", "--resume", "--data=renamed"]
     fails(finetune.main, options, "has a run with", "classes", "apple")
 
@@ -805,16 +745,13 @@ def test_what_finetuning_starts_from(distil, pictures):
     def built(path, classes, *options):
         args = args_of(finetune, f"--checkpoint={path}", *options)
         return finetune.build(args, finetune.settle(args), classes)
-    student = ["--student=nano", "--heads=6", "--relation-heads=12", "--relations", "qk", "vv"]
-    distil = [option for option in distil if not re.match("--(dim|depth|heads)=", option)]
-    tinymim.main([*distil, *student, "--epochs=1"])
+    tinymim.main([*distil, "--heads=6", "--relation-heads=12", "--relations", "qk", "vv"])
     last = load("run")
-    assert last["config"] == SMALL | dict(dim=96, depth=4, heads=6, relation_heads=12)
+    assert last["config"] == SMALL | dict(heads=6, relation_heads=12)
     assert list(last["history"][0])[1:3] == ["qk", "vv"]
     finetune.main([*QUICK, "--checkpoint=run/last.pth", "--heads=3", f"--data={pictures}"])
-    tuned, student, qkv = load("run-finetuned"), last["model"], "blocks.0.attn.qkv.weight"
+    tuned, student = load("run-finetuned"), last["model"]
     assert tuned["config"]["heads"] == 3 and tuned["args"]["augment"] == "light"
-    assert tuned["model"][qkv].shape == student[qkv].shape
     model = built("run/last.pth", ["a", "b"])
     assert model.config["relation_heads"] == 12  # by which settle() knows a distilled B
     weights = model.state_dict()
@@ -863,56 +800,45 @@ def test_recipes_follow_the_size():
     assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.1)
     assert [block.drop_path.p for block in model.blocks] == near([0.02 * i for i in range(12)])
 
-@pytest.fixture(scope="module")
-def textures():
-    """Coarse colours and fine noise, as in photos, of different brightness and contrast."""
-    torch.manual_seed(0)
-    brightness, contrast, noise = (
-        torch.empty(50, 1, 1, 1).uniform_(*limits) for limits in ((70, 190), (20, 60), (3, 15)))
-    coarse = torch.nn.functional.interpolate(torch.randn(50, 3, 4, 4), (48, 48), mode="bicubic")
-    images = brightness + contrast * coarse + noise * torch.randn(50, 3, 48, 48)
-    return [v2.functional.to_pil_image(image) for image in images.clamp(0, 255).byte()]
-
-def posterize(image, bits_to_keep, **_):  # timm's may ask for 0 bits, which Pillow 13 refuses
-    return image.point([i & ~(2 ** (8 - bits_to_keep) - 1) for i in range(256)] * 3)
-
-def changes(change, images, count):
-    """The percentage of images left untouched, and the mean change of a value."""
-    difference = np.zeros(count)
-    for i, image in zip(range(count), itertools.cycle(images)):
-        difference[i] = np.abs(np.asarray(change(image), float) - np.asarray(image)).mean()
-    return 100 * np.mean(difference == 0), difference.mean()
-
-@pytest.mark.parametrize("name", [*finetune.OPERATIONS, 9, 10])
-def test_randaugment_is_timms(name, textures, monkeypatch):
-    """In all and by operation, 3 points in untouched images and 5% in mean change at most."""
+@pytest.mark.parametrize("name", finetune.OPERATIONS)
+def test_operations_are_timms(name):
+    """Bit for bit, with both signs, which are random in both."""
     timms = pytest.importorskip("timm.data.auto_augment")
-    monkeypatch.setitem(timms.NAME_TO_OP, "PosterizeIncreasing", posterize)
-    options = dict(img_mean=tuple(finetune.GRAY), interpolation=Image.BICUBIC, magnitude_std=0.5)
-    for seed in (torch.manual_seed, random.seed, np.random.seed):
-        seed(0)
-    if name in finetune.OPERATIONS:
-        its_names = [f"{name}{suffix}" for suffix in ("Increasing", "Rel", "")]
-        its_name = next(name for name in its_names if name in timms.NAME_TO_OP)
-        theirs, count = timms.AugmentOp(its_name, 1.0, 9, options), 600
-        def ours(image):
-            m = (9 + 0.5 * torch.randn(())).clamp(0, 10).item() / 10
-            return finetune.OPERATIONS[name](image, m * (2 * torch.randint(2, ()).item() - 1))
-    else:
-        theirs = timms.rand_augment_transform(f"rand-m{name}-mstd0.5-inc1", options)
-        ours, count = functools.partial(finetune.rand_augment, magnitude=name), 6000
-    found, expected = changes(ours, textures, count), changes(theirs, textures, count)
-    assert found[0] == pytest.approx(expected[0], abs=3)
-    assert found[1] == pytest.approx(expected[1], rel=0.05)
+    its_names = [f"{name}Increasing", f"{name}Rel", name]
+    its_name = next(name for name in its_names if name in timms.NAME_TO_OP)
+    options = dict(img_mean=tuple(finetune.GRAY), interpolation=Image.BICUBIC)
+    pixels = np.random.RandomState(0).randint(40, 200, (48, 40, 3), dtype=np.uint8)
+    photo, ours = Image.fromarray(pixels), finetune.OPERATIONS[name]
+    for m in (5, 9):
+        theirs = timms.AugmentOp(its_name, 1.0, m, options)
+        found = {ours(photo, sign * m / 10).tobytes() for sign in (1, -1)}
+        assert found == {theirs(photo).tobytes() for _ in range(40)}
 
-def test_train_transform(textures):
+def test_rand_augment_is_timms(monkeypatch):
+    """Two operations, each half the time. Magnitudes deviate by 0.5, and are 10 at most."""
+    for name in finetune.OPERATIONS:  # an "image" is the list of what was done to it
+        note = lambda image, m, name=name: [*image, (name, 10 * m)]
+        monkeypatch.setitem(finetune.OPERATIONS, name, note)
+    torch.manual_seed(0)
+    images = [finetune.rand_augment([], magnitude=9) for _ in range(6000)]
+    counts = np.bincount([len(image) for image in images])
+    assert counts / 6000 == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+    names, magnitudes = map(np.array, zip(*itertools.chain(*images)))
+    for name in finetune.OPERATIONS:
+        assert np.mean(names == name) == pytest.approx(1 / 15, abs=0.01)
+    assert np.mean(magnitudes > 0) == pytest.approx(0.5, abs=0.02)
+    sizes = abs(magnitudes)
+    assert (sizes.mean(), sizes.std()) == pytest.approx((9, 0.5), abs=0.03)
+    assert sizes.max() == pytest.approx(10)
+
+def test_train_transform():
     """RandAugment of the recipe's magnitude, on bicubic crops. It can go to a worker by pickle."""
     for augment, magnitude in (("strong", [9]), ("light", [10]), ("crop", [])):
         transform = pickle.loads(pickle.dumps(finetune.train_transform(32, 0.3, augment)))
         crop, _, *rest = transform.transforms
         assert (crop.scale, crop.interpolation) == ((0.3, 1.0), BICUBIC)
         assert [step.lambd.keywords["magnitude"] for step in rest[1:2]] == magnitude
-        image = transform(v2.functional.pil_to_tensor(textures[0]))
+        image = transform(torch.randint(256, (3, 48, 40), dtype=torch.uint8))
         assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
 
 def test_erasing_mixing_and_smoothing():

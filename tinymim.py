@@ -14,11 +14,12 @@ CVPR 2023, https://arxiv.org/abs/2301.01296. One step of training is the method,
     losses = relation_loss(qkv, target, relation_heads=12)  # KL(teacher's relations || student's)
     sum(losses.values()).backward()
 
-Split q and k of an image, (N, D), into h relation heads. Each head gives an N x N matrix,
+Masked image modelling suits large networks: a small one learns more by imitating one of them. It
+could copy the class token or the features; the paper finds that relations teach most. Split q and k
+of an image, N tokens of width D, into h relation heads. Each head gives an N x N matrix,
 softmax(q kᵀ / sqrt(D/h)): how every token relates to every token. With the same h in both networks
-the matrices match, whatever D is (here a head is 64 wide in the teacher, 16 in the student), so no
-projection is needed. The loss compares q-q, k-k and v-v relations by default; the paper's published
-results are of q-k and v-v. Nothing is masked: masking was how the teacher was pre-trained.
+the matrices have the same shape, whatever D is (here a head is 64 wide in the teacher, 16 in the
+student), so no projection is needed. Nothing is masked: that was in the teacher's pre-training.
 
 Part I is the method: train calls fit, fit calls two_views and TinyMIM.forward, and forward calls
 qkv_at and relation_loss. Part II is for reference: checkpoints, image files, the command line.
@@ -73,7 +74,7 @@ def relation_loss(student_qkv, teacher_qkv, relation_heads, pairs=("qq", "kk", "
 
     student_qkv, teacher_qkv: queries, keys, values of one block, (B, N, D) each. B and N are the
     same in both networks, D may differ. Both are split into the same number of relation heads,
-    however many heads their attention has. (The paper has an adaptive last block for this.)
+    however many heads their attention has. (The paper gives a student's last block the teacher's.)
     """
     student = dict(zip("qkv", student_qkv))
     teacher = dict(zip("qkv", teacher_qkv))
@@ -84,7 +85,7 @@ def relation_loss(student_qkv, teacher_qkv, relation_heads, pairs=("qq", "kk", "
         with torch.no_grad():
             target = log_relation(teacher[a], teacher[b], relation_heads)
         predicted = log_relation(student[a], student[b], relation_heads)
-        kl = F.kl_div(predicted, target, reduction="none", log_target=True)  # (B, h, N, N)
+        kl = F.kl_div(predicted, target, reduction="none", log_target=True)  # KL(target||predicted)
         losses[a + b] = kl.sum(dim=-1).mean()  # sum over a row, mean over rows, heads, images
     return losses
 
@@ -146,7 +147,7 @@ class ViT(nn.Module):
     """Vision Transformer with a class token and fixed sin-cos position embeddings, as in MAE.
 
     dim: the width, D in formulas. An image becomes N tokens: the class token and one for each
-    patch. drop_path: one rate for all blocks (the authors' distillation) or a list. relation_heads:
+    patch. drop_path: one rate for all blocks, as the authors distil, or a list. relation_heads:
     the h that this ViT was distilled with, if it was. Parameters have MAE's and timm's names.
     """
     def __init__(self, dim, depth, heads, patch_size=16, img_size=224, drop_path=0.0,
@@ -170,7 +171,7 @@ class ViT(nn.Module):
     @staticmethod
     def init_weights(module):  # as MAE does
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(module.weight.data.flatten(1))  # Conv2d: of flat patches
+            nn.init.xavier_uniform_(module.weight.data.flatten(1))  # Conv2d: as a Linear
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
@@ -181,9 +182,9 @@ class ViT(nn.Module):
 
     def qkv_at(self, images, block):
         """q, k, v of block number `block`, from 1: (B, N, dim) each. Later layers do not run."""
-        x = self.blocks[:block - 1](self.embed(images))  # all blocks before it
+        x = self.blocks[:block - 1](self.embed(images))
         chosen = self.blocks[block - 1]
-        # Attention heads are side by side here; the loss splits the width into relation heads.
+        # Not split into attention heads: the loss splits the width into relation heads.
         return chosen.attn.qkv(chosen.norm1(x)).chunk(3, -1)
 
     def forward(self, images):
@@ -196,11 +197,11 @@ class TinyMIM(nn.Module):
     """The objective: two views of a batch in, {pair: loss} out.
 
     teacher_block: which block teaches, from 1. Default: the last if both networks are equally deep,
-        else 3/4 of the way up. Of ViT-L's 24 blocks that is 18, the authors' choice: it gives ViT-B
-        the best mIoU (52.2), though block 21 gives better accuracy (84.8%, not 84.6%; Table 10).
+        else 3/4 of the way up. Of ViT-L's 24 blocks that is 18, the authors' choice. For ViT-B it
+        is best in segmentation (52.2 mIoU); in accuracy block 21 is (84.8%, not 84.6%; Table 10).
     relation_heads: h. Default: the h the teacher was distilled with, else its attention heads.
-    pairs: the paper's results are of qk vv. The default here is qq kk vv, as in MiniLMv2: q, k and
-        v have a target each. They are equally good (Table 7: 84.6% and 84.5%).
+    pairs: the paper's results are of qk vv (84.6% in Table 7). The default here is MiniLMv2's qq kk
+        vv (84.5%), which gives each of q, k and v a target of its own.
     """
     def __init__(self, student, teacher, teacher_block=None, relation_heads=None,
                  pairs=("qq", "kk", "vv")):
@@ -233,7 +234,7 @@ class TinyMIM(nn.Module):
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-def crop_and_flip(size):  # in the data loader: one crop for both networks
+def crop_and_flip(size):  # one crop for both networks: token i is the same patch
     return v2.Compose([
         v2.RandomResizedCrop(size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip()])
@@ -265,7 +266,7 @@ def two_views(crops):
     """
     images = crops / 255
     order = torch.rand(len(images), 3, device=images.device).argsort(dim=1)  # permutations
-    factors = 0.6 + 0.8 * torch.rand(len(images), 3, device=images.device)  # one for each step
+    factors = 0.6 + 0.8 * torch.rand(len(images), 3, device=images.device)  # as ColorJitter(0.4)
     return normalize(color_jitter(images, order, factors)), normalize(images)
 
 # ---- 5. Training --------------------------------------------------------------------------------
@@ -296,7 +297,7 @@ def make_optimizer(objective, args):
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
 
 def build(args, kind=TinyMIM):
-    """A new student and its teacher, as the options say, in an objective of class `kind`."""
+    """An objective of class `kind`, as the options say. The student has the teacher's patches."""
     teacher = load_teacher(args.teacher, args.img_size, args.teacher_heads)
     dim, depth, heads = STUDENTS[args.student]
     student = ViT(args.dim or dim, args.depth or depth, args.heads or heads,
@@ -321,7 +322,7 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
     updates = len(loader) // args.accum  # per epoch
     peak = args.blr * args.images_per_update / 256  # the linear scaling rule
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")  # bf16 needs none
-    history = load_run(args, objective, optimizer, scaler)  # --resume: all is as it was
+    history = load_run(args, objective, optimizer, scaler)  # --resume: restores all
     print_run(args, objective, dataset)
     objective.compile(disable=not args.compile)  # in place: its state_dict keeps its names
     model = objective
@@ -330,8 +331,8 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
             objective, find_unused_parameters=hasattr(objective, "teacher"))
 
     for epoch in range(len(history), args.epochs):
-        # Seed each epoch, so that a resumed run goes on as if it had never stopped; but after
-        # iter(loader), which draws a number, too.
+        # Seed each epoch, so that a resumed run goes on as if it had never stopped. Seed after
+        # iter(loader), as that draws a number in some epochs only.
         loader.sampler.set_epoch(epoch)
         batches = iter(loader)
         torch.manual_seed(hash((args.seed, epoch, RANK)))
@@ -354,7 +355,7 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
                 loss = sum(losses.values())
                 scaler.scale(loss / args.accum).backward()
                 for name, value in losses.items():
-                    totals[name] = totals.get(name, 0) + value.detach()  # .item() would wait
+                    totals[name] = totals.get(name, 0) + value.detach()  # .item() waits for the GPU
 
             if epoch == update == 0:
                 print_unused(objective)
@@ -364,13 +365,13 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
             optimizer.zero_grad()
 
             if update % 50 == 0 or update == updates - 1:
-                bar.set_postfix(loss=loss.item())  # .item() waits for the GPU: not always
+                bar.set_postfix(loss=loss.item())  # so only now and then
                 if not loss.isfinite():
                     raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}: lower --blr")
 
         means = torch.stack(list(totals.values())) / (updates * args.accum * WORLD)
         if WORLD > 1:
-            dist.all_reduce(means)  # the sum over the processes
+            dist.all_reduce(means)
         means = dict(zip(totals, means.tolist()))
         record = {"epoch": epoch + 1, **means, "loss": sum(means.values()), "lr": lr,
                   "images/s": updates * args.images_per_update / (time.perf_counter() - began)}
@@ -404,7 +405,7 @@ def download(url):
     if must_fetch(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, path)  # it appears whole or not at all
+            torch.hub.download_url_to_file(url, path)  # to .partial, then renamed
         except Exception as error:  # of the network, the server, the disk
             raise UserError(f"cannot download {url} ({error}): fetch it by hand to {path}, name a "
                             "file or --data FOLDER of yours, or try extras/demo.py") from error
@@ -474,7 +475,7 @@ def load_teacher(source, img_size=None, heads=None):
     load_weights(teacher, tensors, source)
     return teacher
 
-# What --resume may change. The images of an update must stay as many, and --data is trusted.
+# What --resume may change, as long as images_per_update is the same. --data is not checked.
 MAY_CHANGE = {"resume", "out", "data", "workers", "device", "compile", "batch_size", "accum"}
 
 def load_run(args, objective, optimizer, scaler):
@@ -490,14 +491,13 @@ def load_run(args, objective, optimizer, scaler):
         if name in now and name not in MAY_CHANGE and now[name] != before:
             raise UserError(f"{path} has a run with --{name.replace('_', '-')} {before!s:.80}, not "
                             f"{now[name]!s:.80}: --resume continues a run, by its own schedule")
-    teacher = {k: v for k, v in objective.state_dict().items() if "teacher" in k.split(".")}
-    objective.load_state_dict(saved["objective"] | teacher)
+    objective.load_state_dict(objective.state_dict() | saved["objective"])  # has no teacher
     optimizer.load_state_dict(saved["optimizer"])
     scaler.load_state_dict(saved["scaler"])
     return saved["history"]
 
 def save_run(args, objective, optimizer, scaler, history):
-    """Write log.jsonl, best.pth and last.pth, in this order: a kill repeats an epoch at worst."""
+    """Write log.jsonl, best.pth (of the best top1), last.pth. If killed, repeat an epoch."""
     if RANK > 0:
         return
     print("  ".join(f"{name} {value:.5g}" for name, value in history[-1].items()), flush=True)
@@ -516,24 +516,25 @@ def save_run(args, objective, optimizer, scaler, history):
 
 # ---- 7. Image files to batches ------------------------------------------------------------------
 
-decode_jpeg = getattr(torchvision.io, "decode_image", None)  # it will leave torchvision some day
-
 def image_folder(data, split=""):
-    """The folder that --data names, or its subfolder `split`, if there is one."""
+    """The folder that --data names (imagenette: fetched), or its subfolder `split`, if any."""
     folder = os.path.join("data", "imagenette2-320") if data == "imagenette" else data
     if data == "imagenette" and must_fetch(folder):
         archive = download("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz")
         os.makedirs("data", exist_ok=True)
-        with tempfile.TemporaryDirectory(dir="data") as partial:  # the folder appears whole
-            extract_archive(archive, partial)
-            os.rename(os.path.join(partial, "imagenette2-320"), folder)
+        try:
+            with tempfile.TemporaryDirectory(dir="data") as partial:  # the folder appears whole
+                extract_archive(archive, partial)
+                os.rename(os.path.join(partial, "imagenette2-320"), folder)
+        except Exception as error:  # of many types, if the download was cut short
+            raise UserError(f"cannot unpack {archive} ({error}): delete it, try again") from error
     inside = os.path.join(folder, split)
     return inside if os.path.isdir(inside) else folder
 
 def find_images(folder):
     """The paths of all images in `folder`, at any depth, sorted, as an array of bytes."""
     paths, others, folders = [], 0, [folder]
-    while folders:  # depth first: folders that link to themselves soon end in an error
+    while folders:  # depth first, so that a loop of links soon raises OSError
         for entry in os.scandir(folders.pop()):
             if entry.name.startswith("."):  # .ipynb_checkpoints, and macOS's ._photo.jpg
                 continue
@@ -547,10 +548,11 @@ def find_images(folder):
         raise UserError(f"there are no .jpg, .png or .webp images in {folder}")
     if others and RANK == 0:
         print(f"passed over {others} files in {folder} that are not .jpg, .png or .webp")
-    return np.array(sorted(paths))  # workers share an array; a list would be copied into each
+    return np.array(sorted(paths))  # compact, and shared by forked workers
 
 def decode(path):
     """An image file as uint8 RGB (3, H, W)."""
+    decode_jpeg = getattr(torchvision.io, "decode_image", None)  # torchvision will drop it one day
     try:
         # Pillow refuses absurd sizes. torchvision is faster, but crashes on damaged PNGs.
         with Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF")) as image:
@@ -580,7 +582,7 @@ class ImageDataset(Dataset):
         return (image,) if self.labels is None else (image, self.labels[index])
 
 class EpochSampler(DistributedSampler):
-    def __iter__(self):  # this process's keys of ImageDataset, in a new order in each epoch
+    def __iter__(self):  # keys of ImageDataset, in an order that each epoch has anew
         return (self.epoch * len(self.dataset) + index for index in super().__iter__())
 
 def make_loader(dataset, args):
@@ -595,22 +597,21 @@ def make_loader(dataset, args):
 # ---- 8. A run, and its command line --------------------------------------------------------------
 
 def setup(args):
-    """Check --out, join the other processes, and settle the options that were left open."""
+    """Check --out, join the other processes, and fill in options that are None or auto."""
     if args.out:
         os.makedirs(args.out, exist_ok=True)
         if not args.resume and {"last.pth", "best.pth"} & {*os.listdir(args.out)}:
             raise UserError(f"{args.out} holds a run: add --resume, or choose another --out")
     on_gpu = args.device == "cuda"
     if on_gpu and LOCAL_RANK >= torch.cuda.device_count():
-        raise UserError("there are not as many GPUs: --device cpu, or fewer processes")
+        raise UserError("more processes than GPUs: start fewer, or use --device cpu")
     if args.amp == "auto":
         bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if bf16 else "fp16" if on_gpu else "off"
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 20
     args.images_per_update = args.batch_size * args.accum * WORLD
-    # Workers and computing threads together use no more than this process's part of the cores.
-    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # per process
     if args.workers is None:
         args.workers = min(16, cores) if on_gpu else (cores + 2) // 4
     if "OMP_NUM_THREADS" not in os.environ:
@@ -644,7 +645,7 @@ def print_unused(objective):
 
 def progress_bar(updates, epoch, args):
     return tqdm(range(updates), f"epoch {epoch + 1}/{args.epochs}", leave=False, unit=" images",
-                unit_scale=args.images_per_update, disable=RANK > 0 or None)  # None: in log files
+                unit_scale=args.images_per_update, disable=RANK > 0 or None)  # not in logs
 
 def between(kind, low, high=10**9):  # the type of an option
     def number(text):
@@ -683,8 +684,8 @@ def make_parser(prog, doc, recipe, teacher=False):
     add("--compile", action=argparse.BooleanOptionalAction, default=device == "cuda")
     if teacher:
         add("--teacher", default="mae_base", help=f"{', '.join(TEACHERS)}, or a checkpoint")
-        add("--teacher-heads", type=COUNT, help="attention heads, if the checkpoint does not tell")
-        add("--teacher-block", type=COUNT, help="default: the last, or at 3/4 of another depth")
+        add("--teacher-heads", type=COUNT, help="of its attention (default: the checkpoint's)")
+        add("--teacher-block", type=COUNT, help="default: the last; of another depth, at 3/4")
         add("--relations", nargs="+", choices=[a + b for a in "qkv" for b in "qkv"], metavar="PAIR",
             default=["qq", "kk", "vv"], help="default: qq kk vv; the published results: qk vv")
         add("--relation-heads", type=COUNT, help="default: the teacher's")
@@ -701,10 +702,11 @@ def run(parser, function, args, *more):  # a user's mistake ends in one line, wi
     except UserError as error:  # one from a worker begins with its traceback
         sys.exit(f"{parser.prog}: error: {str(error).rsplit('UserError: ', 1)[-1].strip()}")
     except RuntimeError as error:  # PyTorch's, about memory or a full disk: add what may help
-        words = "out of memory", "allocate", "inline_container", "iostream", "DataLoader worker"
+        words = "out of memory", "allocate", "inline_container", "iostream", "DataLoader worker ("
         if not any(word in str(error) for word in words):
             raise
-        start = ". ".join(str(error).splitlines()[0].split(". ")[:3])  # out of memory says much
+        start = str(error).rsplit("Error: ", 1)[-1].splitlines()[0]  # of a worker's: the end
+        start = ". ".join(start.split(". ")[:3])  # out of memory has much to say
         sys.exit(f"{parser.prog}: error: {start} (a full disk? Else halve --batch-size and double "
                  "--accum, or try --workers 0 or docker run --shm-size 8g)")
 

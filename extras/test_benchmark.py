@@ -19,7 +19,7 @@ sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import benchmark
 import tinymim
 import variants
-from test_extras import link, pictures, script  # pictures is a fixture
+from test_extras import pictures, script  # the first is a fixture
 
 # ---- The variants compute what tinymim.py does --------------------------------------------------
 
@@ -115,12 +115,12 @@ def test_steps_that_are_too_few_are_refused():
 
 # ---- All of it ----------------------------------------------------------------------------------
 
-def test_the_benchmark(pictures, tmp_path):
+def test_the_benchmark(pictures):
     """At the smallest sizes: its numbers belong together; and its bars are drawn."""
     options = ["--student", "nano", "--img-size", 32, "--batch-size", 2, "--workers", 1]
     steps = ["--repeats", 1, "--steps", 8, "--no-compile", "--device", "cpu", "--amp", "off"]
     printed = script("benchmark.py", *options, *steps, "--json", "--variants", "usual", "eager",
-                     "finetune", "--data", link(pictures, tmp_path / "data"))
+                     "finetune", "--data", pictures)
     result = json.loads(printed)
     names = ["usual, float32", "eager, float32", "finetune, float32"]
     for table in ("step", "end to end", "pipeline"):

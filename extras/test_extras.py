@@ -9,7 +9,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are for the CPU
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
-import json
 import multiprocessing
 import shutil
 import subprocess
@@ -37,7 +36,7 @@ import shapes
 import study
 import targets
 import tinymim
-from test_tinymim import SMALL, WIDER, fill, filled, load, same
+from test_tinymim import SMALL, WIDER, args_of, fails, fill, filled, load, refused, same
 from tinymim import ImageDataset, UserError, ViT, relation_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # leaving torchvision
@@ -51,10 +50,10 @@ def usual_functions(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Drawn shapes: train/ of 40, and test/ of 20, in ten classes."""
+    """Drawn shapes: train/ of 40, and val/ of 20, in ten classes."""
     folder = tmp_path_factory.mktemp("pictures")
     shapes.write(folder / "train", 40, seed=1, size=32)
-    shapes.write(folder / "test", 20, seed=2, size=32)
+    shapes.write(folder / "val", 20, seed=2, size=32)
     return folder
 
 @pytest.fixture(scope="module")
@@ -79,19 +78,6 @@ def script(name, *options, launcher=()):
     assert done.returncode == 0, done.stderr
     return done.stdout
 
-def link(pictures, folder):
-    """The pictures as finetune.py wants them, with val/ for test/."""
-    folder.mkdir()
-    os.symlink(pictures / "train", folder / "train")
-    os.symlink(pictures / "test", folder / "val")
-    return folder
-
-def arguments(script, options):
-    """The options, as script.main() hands them to tinymim.run()."""
-    with patch.object(tinymim, "run") as run:
-        script.main(options)
-    return run.call_args.args[2]
-
 def stopped(main, options, epoch):
     """main(options), which is killed before it has saved this epoch."""
     save = torch.save
@@ -103,12 +89,6 @@ def stopped(main, options, epoch):
 
     with patch.object(torch, "save", save_others), pytest.raises(SystemExit, match="killed"):
         main(options)
-
-def fails(main, options, says):
-    """main(options) ends with an error of one line that has `says` in it."""
-    with pytest.raises(SystemExit) as error:
-        main(options)
-    assert says in str(error.value) and "\n" not in str(error.value)
 
 # ---- MAE ----------------------------------------------------------------------------------------
 
@@ -154,20 +134,18 @@ def test_random_mask_and_pick_bring_every_patch_back_to_its_place():
 
 @pytest.mark.parametrize("ratio", [0, 0.99, 1])
 def test_a_mask_ratio_that_leaves_nothing(ratio):
-    with pytest.raises(UserError, match="leaves nothing"):
-        mae.MAE(ViT(**SMALL), ratio)
+    refused("leaves nothing", mae.MAE, ViT(**SMALL), ratio)
 
 def test_maes_recipe_and_ranges(capsys):
     """Warm-up of None is a 20th of the epochs in the training loop."""
-    args = vars(arguments(mae, []))
+    args = vars(args_of(mae))
     recipe = dict(epochs=800, warmup_epochs=None, blr=1.5e-4, min_lr=0, weight_decay=0.05,
                   drop_path=0, mask_ratio=0.75, decoder=[512, 8, 16], script="extras/mae.py")
     assert args | recipe == args
     objective = mae.build(argparse.Namespace(**args))
     assert objective.student.config == ViT(192, 12, 3).config
     for option in ("--mask-ratio=1.5", "--patch-size=0"):
-        with pytest.raises(SystemExit):
-            mae.main([option])
+        refused("^2$", mae.main, [option], error=SystemExit)
         assert "is not between" in capsys.readouterr().err
 
 def test_mae_then_distillation_then_finetuning(pictures, tmp_path):
@@ -190,9 +168,8 @@ def test_mae_then_distillation_then_finetuning(pictures, tmp_path):
     tinymim.main(["--student", "nano", "--dim", "12", "--heads", "2", "--epochs", "1", *common,
                   "--teacher", str(tmp_path / "mae" / "last.pth"),
                   "--out", str(tmp_path / "small")])
-    labelled = str(link(pictures, tmp_path / "labelled"))
     finetune.main(["--checkpoint", str(tmp_path / "small" / "last.pth"), "--epochs", "1", *common,
-                   "--data", labelled, "--out", str(tmp_path / "tuned")])
+                   "--out", str(tmp_path / "tuned")])
     assert 0 <= load(tmp_path / "tuned")["history"][0]["top1"] <= 100
 
 # ---- Other targets ------------------------------------------------------------------------------
@@ -307,7 +284,7 @@ def test_which_block_teaches(teacher_file):
     for options, block in (([], 4), (["--depth=3"], 3), (["--depth=3", "--target=ffn"], 3),
                            (["--depth=3", "--target=output"], 4),
                            (["--target=output", "--teacher-block=2"], 2)):
-        objective = targets.build(arguments(targets, target_options(teacher_file, *options)))
+        objective = targets.build(args_of(targets, *target_options(teacher_file, *options)))
         is_feature = isinstance(objective, targets.Feature)
         found = objective.block if is_feature else objective.teacher_block
         assert found == block, options
@@ -316,7 +293,7 @@ def test_drop_path_of_the_teacher(teacher_file):
     """It acts in training only, and only if it is asked for."""
     images = torch.randn(8, 3, 32, 32)
     for options, rate in (([], 0.0), (["--teacher-drop-path", "0.3", "--target", "cls"], 0.3)):
-        args = arguments(targets, target_options(teacher_file, *options))
+        args = args_of(targets, *target_options(teacher_file, *options))
         objective = targets.build(args)
         assert [block.drop_path.p for block in objective.teacher.blocks] == [rate] * 4
         assert [block.drop_path.p for block in objective.student.blocks] == [0.1] * 4
@@ -334,8 +311,7 @@ def test_what_targets_do_not_take(teacher_file, pictures, tmp_path, capsys):
     fails(targets.main, [*options, "--target", "cls", "--teacher-block", "1"], "leave out")
     fails(targets.main, [*options, "--mask-ratio", "1"], "leaves no relations")
     for option in ("--mask-ratio=-0.1", "--teacher-drop-path=2"):
-        with pytest.raises(SystemExit):
-            targets.main([*options, option])
+        refused("^2$", targets.main, [*options, option], error=SystemExit)
         assert "is not between 0 and 1" in capsys.readouterr().err
 
 # ---- The study, the demo, the benchmark ---------------------------------------------------------
@@ -349,30 +325,28 @@ def test_splits_share_no_photo_and_end_at_the_right_ones(pictures, tmp_path):
 
     few, held_out = photos("tune/train"), photos("tune/val")
     assert few == photos("few/train") and len(few) == len(held_out) == 10 and not few & held_out
-    test_photos = {str(path) for path in pictures.glob("test/*/*")}
+    test_photos = {str(path) for path in pictures.glob("val/*/*")}
     assert photos("few/val") == photos("all/val") == test_photos
     assert photos("all/train") == {str(path) for path in pictures.glob("train/*/*")}
     assert data.link_splits(str(pictures), str(tmp_path)) == 40  # once more
     other = shutil.copytree(pictures, tmp_path / "other")
-    with pytest.raises(UserError, match="is of other photos"):
-        data.link_splits(str(other), str(tmp_path))
+    refused("is of other photos", data.link_splits, str(other), str(tmp_path))
     photo = sorted(other.glob("train/*/*"))[0]
     (photo.parent / "more").mkdir()
     shutil.copy(photo, photo.parent / "more")
-    with pytest.raises(UserError, match="two photos have the same name"):
-        data.link_splits(str(other), str(tmp_path / "again"))
-    shutil.rmtree(other / "test" / photo.parent.name)
-    with pytest.raises(UserError, match="different classes"):
-        data.link_splits(str(other), str(tmp_path / "again"))
+    again = str(tmp_path / "again")
+    refused("two photos have the same name", data.link_splits, str(other), again)
+    shutil.rmtree(other / "val" / photo.parent.name)
+    refused("different classes", data.link_splits, str(other), again)
 
 def test_cifar10_as_files_and_a_missing_folder(tmp_path, monkeypatch):
     photos = datasets.FakeData(8, (3, 8, 8), num_classes=2)
     photos.classes = ["cat", "dog"]
     monkeypatch.setattr(datasets, "CIFAR10", lambda *_, **options: photos)
     assert data.link_splits(data.cifar10(str(tmp_path)), str(tmp_path / "out")) == 8
-    with pytest.raises(SystemExit, match="should hold a folder of images for each class"):
-        study.main(["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out"),
-                    "--teacher", "new"])
+    options = ["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out")]
+    says = "should hold a folder of images for each class"
+    fails(study.main, [*options, "--teacher", "new"], says)
 
 def test_attention_on_a_cpu_is_the_usual():
     torch.manual_seed(0)
@@ -385,13 +359,6 @@ def test_attention_on_a_cpu_is_the_usual():
         changed = vit(images)
     assert not changed.allclose(vit(images))
 
-def test_results_keep_what_others_wrote(tmp_path):
-    path = str(tmp_path / "results.json")
-    data.results(path, "few//0", {"top1": 50.0})
-    data.results(path, "few//1", {"top1": 52.0})
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert data.results(path) == written == {"few//0": {"top1": 50.0}, "few//1": {"top1": 52.0}}
-
 def test_tables_compare_with_the_first_row(capsys):
     found = {"few/--relations qk vv/0": 70.0, "few/--relations qk vv/1": 72.0, "few//0": 73.0,
              "few/--target cls/0": 60.0, "few/--target cls --mae/0": 99.0}
@@ -401,8 +368,8 @@ def test_tables_compare_with_the_first_row(capsys):
     assert rows["relation (qk vv)"] == "75.8 | 71.0 ± 1.4"
     assert rows["relation (qq kk vv)"] == " | 73.0 (+2.0)"
     assert rows["class token"] == "70.6 (-5.2) | 60.0 (-11.0)"
-    with pytest.raises(UserError, match="seeds of few/mae differ in epochs: .1, 3."):
-        data.of_seeds({"few/mae/0": dict(epochs=1), "few/mae/1": dict(epochs=3)}, "few", "mae")
+    seeds = {"few/mae/0": dict(epochs=1), "few/mae/1": dict(epochs=3)}
+    refused("seeds of few/mae differ in epochs: .1, 3.", data.of_seeds, seeds, "few", "mae")
 
 def test_only_small_photos_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(tinymim, "decode", Mock(side_effect=tinymim.decode))
@@ -433,9 +400,9 @@ def test_rows_of_one_method_share_their_rates():
 
 def test_a_result_of_other_settings_is_not_taken_for_this_ones(tmp_path):
     shutil.copy(os.path.join(data.ROOT, "assets", "cifar10.json"), tmp_path / "results.json")
-    with pytest.raises(SystemExit, match="results.json has few/.* with .*: choose another --out"):
-        study.main(["--smallest", "--tables", "T8", "--out", str(tmp_path), "--teacher",
-                    data.CIFAR10_TEACHER])
+    options = ["--smallest", "--tables", "T8", "--out", str(tmp_path)]
+    fails(study.main, [*options, "--teacher", data.CIFAR10_TEACHER],
+          "results.json has few/", ": choose another --out")
 
 def test_every_row_of_the_study_works(tmp_path):
     """At its smallest, two side by side. What is finished is not run again."""
@@ -490,10 +457,8 @@ def test_processes_that_are_killed_or_fail(tmp_path):
     def run(function):
         return list(parallel.in_processes(function, [0, 1], 2, str(tmp_path), tmp_path / "log"))
 
-    with pytest.raises(UserError, match="a process was killed"):
-        run(killed)
-    with pytest.raises(UserError, match="a full disk"):  # at once
-        run(fails_or_waits)
+    refused("a process was killed", run, killed)
+    refused("a full disk", run, fails_or_waits)  # at once
     assert not multiprocessing.active_children()
 
 def test_the_studys_teacher():
@@ -501,8 +466,7 @@ def test_the_studys_teacher():
     assert path == data.CIFAR10_TEACHER and os.path.getsize(path) < 6e6
     config = dict(dim=192, depth=6, heads=6, patch_size=4, img_size=32, relation_heads=None)
     assert tinymim.load_teacher(path).config == config
-    with pytest.raises(SystemExit, match="--teacher new trains one on these photos"):
-        study.main(["--data", "mine"])
+    fails(study.main, ["--data", "mine"], "--teacher new trains one on these photos")
 
 def test_content_is_what_the_photo_explains():
     """Of a relation that is the same in all photos nothing, of one with a constant mean map all."""
@@ -549,8 +513,7 @@ def test_the_demo_and_its_figures(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert all(f"| {name} | " in printed for name in demo.STARTS) and "finished" not in printed
     assert Image.open(tmp_path / "demo" / "demo.png").size == (1200, 560)
-    with pytest.raises(SystemExit, match="exists: delete it"):
-        demo.main(["--out", str(tmp_path / "demo")])
+    fails(demo.main, ["--out", str(tmp_path / "demo")], "exists: delete it")
     pytest.importorskip("matplotlib")
     run = tmp_path / "demo" / "distilled-0"
     tuned = tmp_path / "demo" / "distilled-0-finetuned"
@@ -610,8 +573,7 @@ def test_robustness_on_folders_with_known_answers(tmp_path, capsys):
     assert "bare.pth | - | - | - | - | - |\n\n-C has 0" in capsys.readouterr().out
 
 def test_robustness_has_only_options_that_do_something(teacher_file, capsys):
-    with pytest.raises(SystemExit):
-        robustness.main(["--checkpoint", str(teacher_file), "--epochs", "3"])
+    refused("^2$", robustness.main, ["--checkpoint=x", "--epochs=3"], error=SystemExit)
     assert "unrecognized arguments: --epochs" in capsys.readouterr().err
     fails(robustness.main, ["--checkpoint", str(teacher_file), "--device", "cpu"], "has no head")
 
@@ -673,8 +635,8 @@ def test_the_loss_of_both_heads(soft, monkeypatch):
 
 def test_finetuning_with_a_label_teacher(pictures, teacher_file, tmp_path, capsys):
     """Train, resume, evaluate; the teacher is not saved; teachers of other classes are refused."""
-    folder, main = link(pictures, tmp_path / "labelled"), finetune_distilled.main
-    common = ["--data", str(folder), "--batch-size", "8", "--workers", "0", "--device", "cpu"]
+    main = finetune_distilled.main
+    common = ["--data", str(pictures), "--batch-size", "8", "--workers", "0", "--device", "cpu"]
     finetune.main(["--checkpoint", str(teacher_file), "--epochs", "1", *common, "--out",
                    str(tmp_path / "teacher")])
     options = ["--checkpoint", str(teacher_file), *common, "--star", "--heads=2", "--epochs=2"]
@@ -701,11 +663,11 @@ def test_finetuning_with_a_label_teacher(pictures, teacher_file, tmp_path, capsy
         main([*evaluation, *more])
         assert f"top-1 {top1:.3f}%" in capsys.readouterr().out
     robustness.main(["--checkpoint", last, "--device", "cpu", "--workers", "0", "--imagenet",
-                     str(folder / "val")])
+                     str(pictures / "val")])
     assert f"last.pth | {top1:.1f} |" in capsys.readouterr().out
     (tmp_path / "some").mkdir()
-    for name in sorted(os.listdir(folder / "val"))[:3]:
-        os.symlink(folder / "val" / name, tmp_path / "some" / name)
+    for name in sorted(os.listdir(pictures / "val"))[:3]:
+        os.symlink(pictures / "val" / name, tmp_path / "some" / name)
     fails(main, [*evaluation, last, "--data", str(tmp_path / "some")], "extras/robustness.py")
 
     for teacher, says in ((str(teacher_file), "is neither"), (last, "is neither"),
@@ -719,19 +681,17 @@ def test_a_label_teacher_of_torchvision(monkeypatch):
     classes = [str(i) for i in range(1000)]
     assert finetune_distilled.load_label_teacher("regnet_y_16gf", classes, 224) == "network"
     assert asked == [("regnet_y_16gf", 83590140)]
-
-    def without_network(name, weights):
-        raise OSError("no route to host")
-    monkeypatch.setattr(finetune_distilled.torchvision.models, "get_model", without_network)
-    with pytest.raises(UserError, match="cannot download the weights of regnet_y_16gf .no route"):
-        finetune_distilled.load_label_teacher("regnet_y_16gf", classes, 224)
+    no_network = Mock(side_effect=OSError("no route to host"))
+    monkeypatch.setattr(finetune_distilled.torchvision.models, "get_model", no_network)
+    says = "cannot download the weights of regnet_y_16gf .no route"
+    refused(says, finetune_distilled.load_label_teacher, "regnet_y_16gf", classes, 224)
 
 def test_the_recipe_of_tinymim_star():
     for options, expected in ((["--star"], dict(heads=12, epochs=1000)),
                               (["--star", "--heads=3", "--epochs=9"], dict(heads=3, epochs=9)),
                               ([], dict(heads=None, epochs=None)),
                               (["--star", "--eval"], dict(heads=None, out=None))):
-        args = vars(arguments(finetune_distilled, ["--checkpoint", "runs/a/last.pth", *options]))
+        args = vars(args_of(finetune_distilled, "--checkpoint=runs/a/last.pth", *options))
         assert args | expected == args
         assert args["out"] == (None if args["eval"] else "runs/a-distilled")
         assert (args["alpha"], args["soft"], args["label_teacher"]) == (0.5, False, "regnet_y_16gf")

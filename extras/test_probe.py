@@ -15,8 +15,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import finetune
 import probe
-from test_extras import arguments, fails, script, stopped
-from test_tinymim import SMALL, load, pictures, same  # pictures is a fixture: three colours
+from test_extras import script, stopped
+from test_tinymim import SMALL, args_of, fails, load, same
+from test_tinymim import pictures  # a fixture: three colours
 from tinymim import ViT
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # leaving torchvision
@@ -95,8 +96,8 @@ def test_what_it_refuses(options, checkpoint, pictures, tmp_path):
     fails(finetune.main, [*evaluation, "--data", str(pictures)], "fc_norm")
 
 def test_the_recipe():
-    args = vars(arguments(probe, ["--checkpoint", "runs/mae-tiny/last.pth"]))
+    args = vars(args_of(probe, "--checkpoint=runs/mae-tiny/last.pth"))
     recipe = dict(epochs=90, warmup_epochs=10, batch_size=128, blr=0.1, min_lr=0, weight_decay=0,
                   augment="crop", out="runs/mae-tiny-probe", script="extras/probe.py")
     assert args | recipe == args
-    assert arguments(probe, ["--checkpoint", "x", "--epochs", "9"]).warmup_epochs == 1
+    assert args_of(probe, "--checkpoint=x", "--epochs=9").warmup_epochs == 1
