@@ -1,4 +1,4 @@
-"""For study.py and demo.py: CIFAR-10 as files (python extras/data.py), splits, results, CPUs."""
+"""What scripts share: CIFAR-10 as files (python extras/data.py), splits, results, maps, CPUs."""
 
 import argparse
 import json
@@ -80,6 +80,36 @@ def middles(paths, size):
     middle = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
     return torch.stack([middle(tinymim.decode(os.fsdecode(path))) for path in paths])
 
+def load_run(folder, photos=None):
+    """Of a run of tinymim.py: four of its photos (or of others), uint8 (4, 3, H, W), the objective
+    as it was before training, and the networks to compare, by name."""
+    checkpoint = os.path.join(folder, "last.pth")
+    args = argparse.Namespace(**tinymim.load_file(checkpoint)["args"])
+    if "relations" not in args:
+        raise UserError(f"{folder} is not a run of tinymim.py")
+    torch.manual_seed(args.seed)  # as in tinymim.setup
+    objective, student = tinymim.build(args).eval(), tinymim.load_teacher(checkpoint)
+    paths = tinymim.find_images(tinymim.image_folder(photos or args.data, "train"))
+    crops = middles(paths[::len(paths) // 4 or 1][:4], student.img_size)
+    return crops, objective, {"teacher": objective.teacher, "student before": objective.student,
+                              "student after": student}
+
+@torch.no_grad()
+def relation_maps(objective, network, images):
+    """{pair: relations (B, N, N), the mean over heads} of images (B, 3, H, W) in [0, 1]."""
+    block = objective.teacher_block if network is objective.teacher else network.depth
+    qkv = dict(zip("qkv", network.qkv_at(tinymim.normalize(images), block)))
+    heads = objective.relation_heads
+    return {f"{a}-{b}": tinymim.log_relation(qkv[a], qkv[b], heads).exp().mean(dim=1)
+            for a, b in objective.pairs}
+
+def middle_row(relation, grid):
+    """How the patch in the middle relates to all: of relations (B, N, N), (B, grid, grid)."""
+    middle = (grid + 1) * (grid // 2)
+    heat = relation[:, 1 + middle, 1:].clone()  # without the class token
+    heat[:, middle] = 0  # to itself it relates far more strongly: black
+    return heat.unflatten(1, (grid, grid))
+
 def ship(checkpoint, path):
     """A teacher's checkpoint in float16, its weights and config alone, for assets/."""
     tensors, _, config = tinymim.read_checkpoint(checkpoint)
@@ -97,13 +127,14 @@ def results(path, key=None, result=None):
     return found
 
 def of_seeds(found, labels, spec):
-    """The top-1 of all seeds of a row, among the results. Of other settings: an error."""
-    results = [found[key] for key in found if key.startswith(f"{labels}/{spec}/")]
-    for name in {name for result in results for name in result} - {"top1", "device"}:
-        values = [result[name] for result in results if name in result]
+    """{seed: top-1} of a row, among the results. If their settings differ: an error."""
+    row = f"{labels}/{spec}/"
+    results = {key.removeprefix(row): found[key] for key in found if key.startswith(row)}
+    for name in {name for result in results.values() for name in result} - {"top1", "device"}:
+        values = [result[name] for result in results.values() if name in result]
         if values != values[:1] * len(values):
             raise UserError(f"the seeds of {labels}/{spec} differ in {name}: {values}")
-    return [result["top1"] for result in results]
+    return {seed: result["top1"] for seed, result in results.items()}
 
 def keep_small_photos():
     """Decode each photo of up to 64 x 64 pixels only once: 50,000 of 32 x 32 take 150 MB."""

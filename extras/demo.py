@@ -19,7 +19,6 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -71,17 +70,6 @@ def learn(name, out, seed):
     history = tinymim.load_file(os.path.join(folder + "-finetuned", "last.pth"))["history"]
     return history[-1]["top1"]
 
-@torch.no_grad()
-def maps(vit, images, heads):
-    """How the patch in the middle of images (B, 3, H, W) relates to all: v-v, the mean over heads,
-    from 0 to 1, (B, 1, grid, grid)."""
-    v = vit.qkv_at(images, vit.depth)[2]
-    heat = tinymim.log_relation(v, v, heads).exp().mean(1)  # (B, N, N)
-    middle = (vit.grid + 1) * (vit.grid // 2)
-    heat = heat[:, 1 + middle, 1:].clone()  # without the class token
-    heat[:, middle] = 0  # to itself it relates far more strongly
-    return (heat / heat.amax(1, keepdim=True)).view(-1, 1, vit.grid, vit.grid)
-
 def draw(results, out):
     """demo.png: a bar for each of STARTS, and relation maps of teacher and student."""
     font, small = ImageFont.load_default(22), ImageFont.load_default(16)
@@ -94,18 +82,13 @@ def draw(results, out):
         pen.rectangle((left, top, left + 95, 500), colour)
         pen.text((left + 48, top - 28), f"{top1:.0f}", "black", font, anchor="ma")
         pen.text((left + 48, 510), name, "black", small, anchor="ma")
-    student = tinymim.load_teacher(os.path.join(out, "distilled-0", "last.pth")).eval()
-    teacher = tinymim.load_teacher(TEACHER).eval()
-    torch.manual_seed(0)  # as in the run
-    new = tinymim.ViT(student.dim, student.depth, student.heads, 6, 36)
-    paths = tinymim.find_images(os.path.join(out, "pictures", "labelled", "val"))
-    chosen = paths[len(paths) // 20::len(paths) // 4]
-    crops = [tinymim.decode(os.fsdecode(path))[:, 2:38, 2:38] for path in chosen]
-    crops = torch.stack(crops) / 255
-    images = tinymim.normalize(crops)
+    run, photos = os.path.join(out, "distilled-0"), os.path.join(out, "pictures", "labelled", "val")
+    crops, objective, networks = data.load_run(run, photos)
+    columns = {"picture": crops / 255}
+    for name, vit in networks.items():
+        heat = data.middle_row(data.relation_maps(objective, vit, crops / 255)["v-v"], vit.grid)
+        columns[name] = (heat / heat.amax((1, 2), keepdim=True))[:, None]
     pen.text((640, 20), "how the patch in the middle relates to the others (v-v)", "black", font)
-    columns = {"picture": crops, "teacher": maps(teacher, images, 4),
-               "student before": maps(new, images, 4), "student after": maps(student, images, 4)}
     for i, (title, cells) in enumerate(columns.items()):
         pen.text((700 + 135 * i, 56), title, "black", small, anchor="ma")
         for j, cell in enumerate(cells):
@@ -124,7 +107,8 @@ def demo(args):
     with concurrent.futures.ProcessPoolExecutor(min(2, os.cpu_count()), spawn) as pool:
         drawing = [pool.submit(shapes.write, os.path.join(args.out, "pictures", name), count, seed,
                                easy=easy) for name, (count, seed, easy) in PICTURES.items()]
-        concurrent.futures.wait(drawing)
+        for pictures in drawing:
+            pictures.result()  # waits, or raises its error
         jobs = {pool.submit(learn, name, args.out, seed): (name, seed)
                 for seed in range(args.seeds) for name in STARTS}
         for job in concurrent.futures.as_completed(jobs):

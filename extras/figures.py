@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tinymim
-from data import middles, of_seeds
+from data import load_run, middle_row, of_seeds, relation_maps
 from rows import CURVES, LENGTHS
 
 try:
@@ -29,43 +29,16 @@ BLUE, ORANGE, GRAY = "#2563a8", "#e07b16", "#d0d0d0"
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "image.cmap": "magma",
                      "savefig.dpi": 200, "svg.hashsalt": "tinymim"})
 
-def load_run(folder, data):
-    """uint8 crops (4, 3, H, W), the objective as it was before training, the student after it."""
-    checkpoint = os.path.join(folder, "last.pth")
-    if not os.path.exists(checkpoint):
-        raise tinymim.UserError(f"there is no {checkpoint}")
-    args = argparse.Namespace(**tinymim.load_file(checkpoint)["args"])
-    if "relations" not in args:
-        raise tinymim.UserError(f"{folder} is not a run of tinymim.py: --log draws its curves")
-    torch.manual_seed(args.seed)  # as in tinymim.setup
-    objective, student = tinymim.build(args).eval(), tinymim.load_teacher(checkpoint)
-    paths = tinymim.find_images(tinymim.image_folder(data or args.data, "train"))
-    crops = middles(paths[::len(paths) // 4 or 1][:4], student.img_size)
-    return crops, objective, student
-
-@torch.no_grad()
-def relation_maps(objective, network, images):
-    """{pair: relations (B, N, N), the mean over heads} of images (B, 3, H, W) in [0, 1]."""
-    block = objective.teacher_block if network is objective.teacher else network.depth
-    qkv = dict(zip("qkv", network.qkv_at(tinymim.normalize(images), block)))
-    heads = objective.relation_heads
-    return {f"{a}-{b}": tinymim.log_relation(qkv[a], qkv[b], heads).exp().mean(dim=1)
-            for a, b in objective.pairs}
-
-def draw_relations(crops, objective, student, path):
+def draw_relations(crops, objective, networks, path):
     """How each crop's middle patch relates to the others. White: the strongest in three maps."""
-    networks = {"teacher": objective.teacher, "student before": objective.student,
-                "student after": student}
     maps = {name: relation_maps(objective, vit, crops / 255) for name, vit in networks.items()}
-    grid, width, height = student.grid, 1 + 3.2 * len(objective.pairs), len(crops) + 0.4  # in crops
+    grid = objective.student.grid
+    width, height = 1 + 3.2 * len(objective.pairs), len(crops) + 0.4  # in crops
     figure = plt.figure(figsize=(9, 9 * height / width))
     for row, crop in enumerate(crops):
         shown = [(0, "", crop.permute(1, 2, 0), None)]
         for i, pair in enumerate(maps["teacher"]):
-            heats = [maps[name][pair][row, 1:, 1:] for name in networks]  # without the class token
-            heats = [heat[(grid + 1) * (grid // 2)].unflatten(0, (grid, grid)) for heat in heats]
-            for heat in heats:
-                heat[grid // 2, grid // 2] = 0  # to itself it relates far more strongly: black
+            heats = [middle_row(maps[name][pair], grid)[row] for name in networks]
             brightest = max(heat.max() for heat in heats)
             shown += [(1.2 + 3.2 * i + j, f"{pair}\n{name}", heats[j], brightest)
                       for j, name in enumerate(networks)]
@@ -123,22 +96,14 @@ def draw_method(crops, objective, path):
     figure.savefig(path, metadata={"Date": None})
 
 def draw_lengths(found, path):
-    """Accuracy after fine-tuning against epochs of distillation: mean, deviation. A panel for few
-    labels and one for all, if there are results of more than one length."""
-    def of_lengths(labels, spec):
-        tops = {epochs: of_seeds(found, labels, f"{spec} --epochs {epochs}") for epochs in LENGTHS}
-        return {epochs: values for epochs, values in tops.items() if values}
-
+    """Accuracy after fine-tuning against epochs of distillation: mean, deviation."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     titles = {"few": "a tenth of the labels", "all": "all labels"}
-    titles = {labels: title for labels, title in titles.items()
-              if any(len(of_lengths(labels, spec)) > 1 for spec in CURVES.values())}
-    if not titles:
-        raise tinymim.UserError("no row has results of two lengths (study.py --tables length)")
-    figure, panels = plt.subplots(1, len(titles), figsize=(4.5 * len(titles), 3), squeeze=False,
-                                  layout="constrained")
-    for axes, (labels, title) in zip(panels.flat, titles.items()):
+    for axes, (labels, title) in zip(panels, titles.items()):
         for (name, spec), color in zip(CURVES.items(), (BLUE, "#6aaed6", ORANGE, "gray")):
-            tops = of_lengths(labels, spec)
+            tops = {epochs: list(of_seeds(found, labels, f"{spec} --epochs {epochs}").values())
+                    for epochs in LENGTHS}
+            tops = {epochs: values for epochs, values in tops.items() if values}
             errors = [stdev(values) if len(values) > 1 else float("nan")
                       for values in tops.values()]
             axes.errorbar(list(tops), [mean(values) for values in tops.values()], errors,
@@ -176,8 +141,8 @@ def draw(args):
         out = args.log[0] if args.log else os.path.dirname(args.results) or "."
     os.makedirs(out, exist_ok=True)
     if args.run:
-        crops, objective, student = load_run(args.run, args.data)
-        draw_relations(crops, objective, student, os.path.join(out, "relations.png"))
+        crops, objective, networks = load_run(args.run, args.data)
+        draw_relations(crops, objective, networks, os.path.join(out, "relations.png"))
         if args.method:  # its text is that of ViT-L and ViT-T
             draw_method(crops, objective, os.path.join(out, "method.svg"))
     if args.log:

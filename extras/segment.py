@@ -395,7 +395,7 @@ def main(argv=None):
     add = parser.add_argument_group("segmentation", conflict_handler="resolve").add_argument
     add("--checkpoint", required=True, help="a file, mae_base..., or none: train from scratch")
     add("--data", default="ade20k", help="a folder (default: ade20k, downloaded)")
-    add("--img-size", type=COUNT, default=512, help="in pixels (default: 512)")
+    add("--img-size", type=COUNT, default=512, help="in pixels, in training (default: 512)")
     add("--patch-size", type=COUNT, help="in pixels, with --checkpoint none")
     add("--epochs", "--warmup-epochs", choices=["--iterations"], help=argparse.SUPPRESS)
     add("--iterations", type=COUNT, default=160000, help="default: 160000")

@@ -34,9 +34,8 @@ from rows import METHODS, ROWS, best_rates, method_of, rates_to_try, tune_key
 from tinymim import UserError
 
 NETWORKS = {  # width, depth, heads
-    "teacher": (192, 6, 6), "assistant": (144, 5, 6), "student": (96, 4, 3), "deep": (96, 12, 3)}
-SMALLEST = {
-    "teacher": (24, 6, 6), "assistant": (12, 5, 3), "student": (12, 4, 3), "deep": (12, 12, 3)}
+    "teacher": (192, 6, 6), "assistant": (144, 5, 6), "student": (96, 4, 3)}
+SMALLEST = {"teacher": (24, 6, 6), "assistant": (12, 5, 3), "student": (12, 4, 3)}
 SIZE, CROP_SCALE = 32, 0.5  # of the photos, in pixels, and of fine-tuning's crops, at least
 
 def sizes(args, network):
@@ -49,34 +48,30 @@ def run(main, folder, *options):
     return tinymim.load_file(os.path.join(folder, "last.pth"))["history"]
 
 def epochs_of(args, spec):
-    """How many epochs of pre-training a row has."""
+    """How many epochs of pre-training a row has. MAE has 10/3 as many, which take as long."""
     words = spec.split()
-    if "--epochs" not in words:
-        return args.mae_epochs if "mae" in words else args.distill_epochs
-    epochs = 1 if args.smallest else int(words[words.index("--epochs") + 1])
-    return round(epochs * 10 / 3) if "mae" in words else epochs  # which takes as long
+    if args.smallest:
+        return 1
+    epochs = int(words[words.index("--epochs") + 1]) if "--epochs" in words else args.distill_epochs
+    return round(epochs * 10 / 3) if "mae" in words else epochs
 
-def pretrain(args, spec, folder, seed=0, blr=None, network="student"):
+def pretrain(args, spec, folder, seed, blr, network="student"):
     """Pre-train as `spec` says, unless that is done. Returns the checkpoint."""
-    words = spec.split()
-    if "deep" in words:
-        network = "deep"
+    assistant = os.path.join(args.out, "assistant", "last.pth")
+    words = spec.replace("new-end", "").replace("deep", "--depth 12").split()
+    words = [assistant if word == "assistant" else word for word in words]
     decoder = (12, 1, 2) if args.smallest else (96, 2, 3)
+    epochs = args.teacher_epochs if network == "teacher" else epochs_of(args, spec)
     options = [*sizes(args, network), "--data", os.path.join(args.out, "data", "all"),
                "--batch-size", args.batch_size, "--blr", blr, "--seed", seed, *args.machine,
                "--decoder", *decoder]
-    epochs = args.teacher_epochs if network == "teacher" else epochs_of(args, spec)
     if "mae" in words:
-        options += ["--patch-size", 4, "--img-size", SIZE, "--epochs", epochs]
-        run(mae.main, folder, *options)
+        options += ["--patch-size", 4, "--img-size", SIZE]
+        run(mae.main, folder, *options, "--epochs", epochs)
     else:
-        assistant = os.path.join(args.out, "assistant", "last.pth")
-        teachers = {"teacher": args.teacher, "assistant": assistant}
-        words = [teachers.get(word, word) for word in ["--teacher", "teacher", *words]
-                 if word not in ("deep", "new-end")]
-        run(targets.main, folder, *options, *words, "--epochs", epochs)
+        run(targets.main, folder, *options, "--teacher", args.teacher, *words, "--epochs", epochs)
     checkpoint = os.path.join(folder, "last.pth")
-    return renew_end(checkpoint, seed) if "new-end" in spec.split() else checkpoint
+    return renew_end(checkpoint, seed) if "new-end" in spec else checkpoint
 
 def renew_end(checkpoint, seed):
     """A copy of the checkpoint in which what comes after the last block's q, k and v is new."""
@@ -94,7 +89,7 @@ def fine_tuning_epochs(args, spec, labels):
     epochs = args.all_epochs if labels == "all" else args.few_epochs
     if spec == "scratch":  # as many updates as the row of MAE has in all
         photos = tinymim.find_images(os.path.join(args.out, "data", labels, "train"))
-        updates = args.mae_epochs * (args.images // args.batch_size)
+        updates = epochs_of(args, "mae") * (args.images // args.batch_size)
         epochs += math.ceil(updates / max(1, len(photos) // (args.batch_size // 2)))
     return epochs
 
@@ -116,41 +111,38 @@ def accuracy(args, spec, seed, labels, rates):
     """Pre-train as a row says, fine-tune on OUT/data/`labels`/train, test on its val. Returns the
     result: top-1 and settings."""
     folder = folder_of(args, spec, seed, labels, rates)
-    result, options = settings(args, spec, labels, rates), ["--layer-decay", 0.75]
-    epochs = result["fine_tuning_epochs"]
+    result, start = settings(args, spec, labels, rates), args.teacher
+    epochs, options = result["fine_tuning_epochs"], ["--layer-decay", 0.75]
     if spec == "scratch":
-        checkpoint = "none"
-        options = [*sizes(args, "student"), "--patch-size", 4, "--img-size", SIZE,
-                   "--layer-decay", 1]
-    elif spec == "teacher":
-        checkpoint = args.teacher
-    else:
-        checkpoint = pretrain(args, spec, os.path.join(folder, "pretrain"), seed, rates[0])
-    options += ["--drop-path", 0, "--augment", "crop", "--crop-scale", CROP_SCALE,
-                "--eval-every", epochs]
+        start, options = "none", [*sizes(args, "student"), "--patch-size", 4, "--img-size", SIZE]
+    elif spec != "teacher":
+        start = pretrain(args, spec, os.path.join(folder, "pretrain"), seed, rates[0])
     tuned = os.path.join(folder, f"{labels}-{rates[1]:g}{'-new-end' * ('new-end' in spec)}")
-    history = run(finetune.main, tuned,
-                  "--checkpoint", checkpoint, "--data", os.path.join(args.out, "data", labels),
-                  "--epochs", epochs, "--batch-size", args.batch_size // 2, "--blr", rates[1],
-                  "--seed", seed, *options, *args.machine)
+    history = run(finetune.main, tuned, *options, *args.machine,
+                  "--checkpoint", start, "--data", os.path.join(args.out, "data", labels),
+                  "--epochs", epochs, "--eval-every", epochs, "--drop-path", 0,
+                  "--batch-size", args.batch_size // 2, "--blr", rates[1], "--seed", seed,
+                  "--augment", "crop", "--crop-scale", CROP_SCALE)
     device = "gpu" if torch.cuda.is_available() else "cpu"
     return result | dict(top1=round(history[-1]["top1"], 2), device=device)
 
 def print_tables(results, tables):
-    """Markdown: mean ± deviation over the seeds (in parentheses, the difference to row 1)."""
+    """Markdown: mean ± deviation over the seeds (difference to row 1, of the seeds in both)."""
     names = {"few": "a tenth of the labels", "all": "all labels"}
     for table in tables:
-        rows = [(row, [paper] if paper else [], *(data.of_seeds(results, x, spec) for x in names))
+        rows = [(row, {0: paper} if paper else {},
+                 *(data.of_seeds(results, labels, spec) for labels in names))
                 for name, row, spec, paper in ROWS if name == table]
         header = [f"{table} (difference to row 1)", "paper", *names.values()]
         print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
         for row in rows:
             cells = row[:1]
             for values, first in zip(row[1:], rows[0][1:]):
-                text = f"{statistics.mean(values):.1f}" if values else ""
-                text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                if values and first and row != rows[0]:
-                    text += f" ({statistics.mean(values) - statistics.mean(first):+.1f})"
+                text = f"{statistics.mean(values.values()):.1f}" if values else ""
+                text += f" ± {statistics.stdev(values.values()):.1f}" if len(values) > 1 else ""
+                differences = [values[seed] - first[seed] for seed in values if seed in first]
+                if differences and row != rows[0]:
+                    text += f" ({statistics.mean(differences):+.1f})"
                 cells += (text,)
             print(f"| {' | '.join(cells)} |")
 
@@ -173,37 +165,29 @@ def list_jobs(args, found):
 def is_done(args, job, found, path):
     """Whether its result is in `found`, what `path` holds. One of other settings is an error."""
     spec, _, labels, rates, key = job
-    if key not in found:
-        return False
-    for name, value in settings(args, spec, labels, rates).items():
-        if found[key].get(name) != value:
-            raise UserError(f"{path} has {key} with {name} {found[key].get(name)}, not {value}: "
-                            "choose another --out")
-    return True
+    wanted = settings(args, spec, labels, rates)
+    if key in found and not wanted.items() <= found[key].items():
+        raise UserError(f"{path} has {key} with {found[key]}, not {wanted}: choose another --out")
+    return key in found
 
 def list_crops(args, jobs):
     """The crops that these rows will see: [(dataset, epoch)], without those that are there."""
-    photos, needed = os.path.join(args.out, "data"), {}  # {(split or "pretrain", seed): epochs}
+    transforms = {"pretrain": tinymim.crop_and_flip(SIZE), "val": finetune.eval_transform(SIZE),
+                  "train": finetune.train_transform(SIZE, CROP_SCALE, "crop")}
+    needed, crops = {}, []  # {(split, a name in transforms, seed): epochs}
     for spec, seed, labels, *_ in jobs:
-        epochs = fine_tuning_epochs(args, spec, labels)
-        needed[labels, seed] = max(epochs, needed.get((labels, seed), 0))
+        epochs = {(labels, "train", seed): fine_tuning_epochs(args, spec, labels),
+                  (labels, "val", 0): 1}
         if spec not in ("scratch", "teacher"):
-            epochs = epochs_of(args, spec)
-            needed["pretrain", seed] = max(epochs, needed.get(("pretrain", seed), 0))
-    crops = {}
-    for (split, seed), epochs in needed.items():
-        if split == "pretrain":
-            paths = tinymim.find_images(os.path.join(photos, "all", "train"))
-            dataset = parallel.KeptDataset(paths, tinymim.crop_and_flip(SIZE), seed)
-        else:
-            paths = finetune.read_folder(os.path.join(photos, split, "train"))[0]
-            transform = finetune.train_transform(SIZE, CROP_SCALE, "crop")
-            dataset = parallel.KeptDataset(paths, transform, seed)
-            paths = finetune.read_folder(os.path.join(photos, split, "val"))[0]
-            val = parallel.KeptDataset(paths, finetune.eval_transform(SIZE))
-            crops[val.path(0)] = val, 0
-        crops |= {dataset.path(epoch): (dataset, epoch) for epoch in range(epochs)}
-    return [item for path, item in crops.items() if not os.path.exists(path)]
+            epochs["all", "pretrain", seed] = epochs_of(args, spec)
+        needed |= {key: max(count, needed.get(key, 0)) for key, count in epochs.items()}
+    for (split, name, seed), epochs in needed.items():
+        folder = os.path.join(args.out, "data", split, "val" if name == "val" else "train")
+        is_pretraining = name == "pretrain"  # tinymim.py and finetune.py order paths differently
+        paths = tinymim.find_images(folder) if is_pretraining else finetune.read_folder(folder)[0]
+        dataset = parallel.KeptDataset(paths, transforms[name], seed)
+        crops += [(dataset, epoch) for epoch in range(epochs)]
+    return [(dataset, epoch) for dataset, epoch in crops if not os.path.exists(dataset.path(epoch))]
 
 def side_by_side(args, jobs):
     """Yields (job, result) as they end in --jobs processes, those with short pre-training first."""
@@ -228,10 +212,7 @@ def run_group(args, jobs):
     args.machine = [*args.machine, "--workers", 0]
     if not torch.cuda.is_available():
         data.set_up_cpu()
-    try:
-        return [(job, accuracy(args, *job[:4])) for job in jobs]
-    except SystemExit as error:  # which would end the process without a word
-        raise UserError(str(error)) from None
+    return [(job, accuracy(args, *job[:4])) for job in jobs]
 
 def study(args):
     path = os.path.join(args.out, "results.json")
@@ -243,8 +224,7 @@ def study(args):
             raise UserError("--teacher new trains one on these photos; or name a checkpoint")
     if args.smallest:
         args.data, args.batch_size, args.seeds = os.path.join(args.out, "shapes"), 16, [0]
-        args.teacher_epochs = args.mae_epochs = args.distill_epochs = 1
-        args.few_epochs = args.all_epochs = 1
+        args.teacher_epochs = args.few_epochs = args.all_epochs = 1
         shapes.write(os.path.join(args.data, "train"), 160, seed=1, size=SIZE)
         shapes.write(os.path.join(args.data, "val"), 20, seed=2, size=SIZE)
     root = data.cifar10() if args.data == "cifar10" else args.data
@@ -256,17 +236,15 @@ def study(args):
         args.machine = ["--workers", 0, *data.set_up_cpu()]
     if args.teacher == "new":
         folder = os.path.join(args.out, "teacher")
-        args.teacher = pretrain(args, "mae", folder, blr=1.5e-3, network="teacher")
+        args.teacher = pretrain(args, "mae", folder, 0, 1.5e-3, "teacher")
     tensors, sizes, _ = tinymim.read_checkpoint(args.teacher)
     if (sizes["depth"], sizes["patch_size"], sizes["img_size"]) != (6, 4, SIZE):
         raise UserError("the rows are for a teacher of 6 blocks, patches of 4 pixels and photos of "
                         f"{SIZE}: {args.teacher} has {sizes}")
     weights = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
-    checksum = zlib.crc32(weights)  # many a checkpoint is called last.pth
-    args.teacher_name = f"{os.path.basename(args.teacher)} ({checksum:08x})"
+    args.teacher_name = f"{os.path.basename(args.teacher)} ({zlib.crc32(weights):08x})"
 
     if args.tune is not None:  # with shorter runs
-        args.mae_epochs = round(args.tune_epochs * 10 / 3)
         args.distill_epochs, args.few_epochs = args.tune_epochs, 10
     found = data.results(path)
     jobs = [job for job in list_jobs(args, found) if not is_done(args, job, found, path)]
@@ -295,7 +273,7 @@ def main(argv=None):
     add("--tune-epochs", type=count, default=1, help="of distillation; more than 1: three rates")
     add("--print", action="store_true", help="only print the tables of OUT/results.json")
     add("--smallest", action="store_true", help="try every row with tiny networks on drawn shapes")
-    for name, epochs in (("teacher", 60), ("mae", 10), ("distill", 3), ("few", 20), ("all", 5)):
+    for name, epochs in (("teacher", 60), ("distill", 3), ("few", 20), ("all", 5)):
         add(f"--{name}-epochs", type=count, default=epochs, help=f"default: {epochs}")
     add("--batch-size", type=count, default=128, help="of pre-training; half in fine-tuning")
     add("--jobs", type=count, default=1, help="rows side by side (on a GPU 6 are best; default: 1)")
