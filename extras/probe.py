@@ -17,7 +17,7 @@ from torch import nn
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import finetune
 import tinymim
-from tinymim import RANK, WORLD, ImageDataset, UserError, ViT
+from tinymim import WORLD, ImageDataset, UserError, ViT
 
 RECIPE = dict(epochs=90, batch_size=128, blr=0.1, min_lr=0.0, weight_decay=0.0, drop_path=0.0)
 RECIPE |= dict(student=None, patch_size=None, layer_decay=1.0, augment="crop")  # for settle()
