@@ -234,7 +234,7 @@ class TinyMIM(nn.Module):
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-def crop_and_flip(size):  # one crop for both networks: token i is the same patch
+def crop_and_flip(size):  # one crop for both networks: token i is the same patch in both
     return v2.Compose([
         v2.RandomResizedCrop(size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip()])
