@@ -219,8 +219,6 @@ def parameter_groups(model, weight_decay, layer_decay):
     Biases, norms, the class token and the position embeddings are not decayed."""
     groups, top = {}, model.depth + 1
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         layer = top  # the head, and the norm before it
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
@@ -278,12 +276,14 @@ def train(args, build_model=build, make_objective=Supervised):
         if "head.weight" not in tensors or "head_dist.weight" in tensors:
             raise UserError(f"{args.checkpoint} needs exactly one head: fine-tune it first. If it "
                             "has two, extras/finetune_distilled.py evaluates it")
-        # MAE's fine-tuned checkpoints do not tell their classes.
-        classes = config.get("classes") or read_folder(tinymim.image_folder(args.data, "val"))[2]
+        classes = config.get("classes")
+        if not classes:  # as in MAE's fine-tuned checkpoints
+            classes = read_folder(tinymim.image_folder(args.data, "val"))[2]
+            print(f"{args.checkpoint} does not name its classes: taken from --data, sorted by name")
         return print_accuracy(args, build(args, checkpoint, classes, new=()))
     folder = tinymim.image_folder(args.data)
-    paths, labels, classes = read_folder(os.path.join(folder, "train"))
-    val_paths, val_labels, val_classes = read_folder(os.path.join(folder, "val"))
+    paths, labels, classes = read_folder(f"{folder}/train")
+    val_paths, val_labels, val_classes = read_folder(f"{folder}/val")
     if classes != val_classes:
         raise UserError(f"only one of {args.data}/train and val has the classes "
                         f"{set(classes) ^ set(val_classes)!s:.80}")

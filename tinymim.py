@@ -74,7 +74,7 @@ def relation_loss(student_qkv, teacher_qkv, relation_heads, pairs=("qq", "kk", "
 
     student_qkv, teacher_qkv: queries, keys, values of one block, (B, N, D) each. B and N are the
     same in both networks, D may differ. Both are split into the same number of relation heads,
-    however many heads their attention has. (The paper gives a student's last block the teacher's.)
+    whatever their attention has. (The paper's student has the teacher's number in its last block.)
     """
     student = dict(zip("qkv", student_qkv))
     teacher = dict(zip("qkv", teacher_qkv))
@@ -297,7 +297,7 @@ def make_optimizer(objective, args):
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
 
 def build(args, kind=TinyMIM):
-    """An objective of class `kind`, as the options say. The student has the teacher's patches."""
+    """An objective of class `kind`, as the options say. Both networks have the same patches."""
     teacher = load_teacher(args.teacher, args.img_size, args.teacher_heads)
     dim, depth, heads = STUDENTS[args.student]
     student = ViT(args.dim or dim, args.depth or depth, args.heads or heads,
@@ -322,7 +322,7 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
     updates = len(loader) // args.accum  # per epoch
     peak = args.blr * args.images_per_update / 256  # the linear scaling rule
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")  # bf16 needs none
-    history = load_run(args, objective, optimizer, scaler)  # --resume: restores all
+    history = load_run(args, objective, optimizer, scaler)  # --resume: restores the run
     print_run(args, objective, dataset)
     objective.compile(disable=not args.compile)  # in place: its state_dict keeps its names
     model = objective
@@ -365,7 +365,7 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
             optimizer.zero_grad()
 
             if update % 50 == 0 or update == updates - 1:
-                bar.set_postfix(loss=loss.item())  # so only now and then
+                bar.set_postfix(loss=loss.item())  # waits, so only now and then
                 if not loss.isfinite():
                     raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}: lower --blr")
 
@@ -491,13 +491,13 @@ def load_run(args, objective, optimizer, scaler):
         if name in now and name not in MAY_CHANGE and now[name] != before:
             raise UserError(f"{path} has a run with --{name.replace('_', '-')} {before!s:.80}, not "
                             f"{now[name]!s:.80}: --resume continues a run, by its own schedule")
-    objective.load_state_dict(objective.state_dict() | saved["objective"])  # has no teacher
+    objective.load_state_dict(objective.state_dict() | saved["objective"])  # saved without teacher
     optimizer.load_state_dict(saved["optimizer"])
     scaler.load_state_dict(saved["scaler"])
     return saved["history"]
 
 def save_run(args, objective, optimizer, scaler, history):
-    """Write log.jsonl, best.pth (of the best top1), last.pth. If killed, repeat an epoch."""
+    """Write log.jsonl, best.pth (of the best top1), last.pth: a kill costs an epoch at most."""
     if RANK > 0:
         return
     print("  ".join(f"{name} {value:.5g}" for name, value in history[-1].items()), flush=True)
@@ -527,9 +527,9 @@ def image_folder(data, split=""):
                 extract_archive(archive, partial)
                 os.rename(os.path.join(partial, "imagenette2-320"), folder)
         except Exception as error:  # of many types, if the download was cut short
-            raise UserError(f"cannot unpack {archive} ({error}): delete it, try again") from error
+            raise UserError(f"cannot unpack {archive} ({error}): delete it if cut short") from error
     inside = os.path.join(folder, split)
-    return inside if os.path.isdir(inside) else folder
+    return inside if split and os.path.isdir(inside) else folder
 
 def find_images(folder):
     """The paths of all images in `folder`, at any depth, sorted, as an array of bytes."""
@@ -582,7 +582,7 @@ class ImageDataset(Dataset):
         return (image,) if self.labels is None else (image, self.labels[index])
 
 class EpochSampler(DistributedSampler):
-    def __iter__(self):  # keys of ImageDataset, in an order that each epoch has anew
+    def __iter__(self):  # keys of ImageDataset, in a new order in each epoch
         return (self.epoch * len(self.dataset) + index for index in super().__iter__())
 
 def make_loader(dataset, args):
@@ -684,8 +684,8 @@ def make_parser(prog, doc, recipe, teacher=False):
     add("--compile", action=argparse.BooleanOptionalAction, default=device == "cuda")
     if teacher:
         add("--teacher", default="mae_base", help=f"{', '.join(TEACHERS)}, or a checkpoint")
-        add("--teacher-heads", type=COUNT, help="of its attention (default: the checkpoint's)")
-        add("--teacher-block", type=COUNT, help="default: the last; of another depth, at 3/4")
+        add("--teacher-heads", type=COUNT, help="attention's (default: the file's, or by width)")
+        add("--teacher-block", type=COUNT, help="default: the last, or if depths differ, at 3/4")
         add("--relations", nargs="+", choices=[a + b for a in "qkv" for b in "qkv"], metavar="PAIR",
             default=["qq", "kk", "vv"], help="default: qq kk vv; the published results: qk vv")
         add("--relation-heads", type=COUNT, help="default: the teacher's")
@@ -697,15 +697,13 @@ def run(parser, function, args, *more):  # a user's mistake ends in one line, wi
         function(args, *more)
         if WORLD > 1:
             dist.destroy_process_group()
-    except OSError as error:  # begins with [Errno 2] or the like
-        sys.exit(f"{parser.prog}: error: {str(error).split('] ', 1)[-1]}")
-    except UserError as error:  # one from a worker begins with its traceback
+    except (OSError, UserError) as error:  # one from a worker begins with its traceback
         sys.exit(f"{parser.prog}: error: {str(error).rsplit('UserError: ', 1)[-1].strip()}")
     except RuntimeError as error:  # PyTorch's, about memory or a full disk: add what may help
         words = "out of memory", "allocate", "inline_container", "iostream", "DataLoader worker ("
         if not any(word in str(error) for word in words):
             raise
-        start = str(error).rsplit("Error: ", 1)[-1].splitlines()[0]  # of a worker's: the end
+        start = str(error).rsplit("Error: ", 1)[-1].splitlines()[0]  # after a worker's traceback
         start = ". ".join(start.split(". ")[:3])  # out of memory has much to say
         sys.exit(f"{parser.prog}: error: {start} (a full disk? Else halve --batch-size and double "
                  "--accum, or try --workers 0 or docker run --shm-size 8g)")
