@@ -331,8 +331,7 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
             objective, find_unused_parameters=hasattr(objective, "teacher"))
 
     for epoch in range(len(history), args.epochs):
-        # Seed each epoch, so that a resumed run goes on as if it had never stopped. Seed after
-        # iter(loader), as that draws a number in some epochs only.
+        # Seed each epoch, for --resume. After iter(loader): that draws a number in some epochs.
         loader.sampler.set_epoch(epoch)
         batches = iter(loader)
         torch.manual_seed(hash((args.seed, epoch, RANK)))

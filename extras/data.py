@@ -84,9 +84,11 @@ def load_run(folder, photos=None):
     """Of a run of tinymim.py: four of its photos (or of others), uint8 (4, 3, H, W), the objective
     as it was before training, and the networks to compare, by name."""
     checkpoint = os.path.join(folder, "last.pth")
+    if not os.path.exists(checkpoint):
+        raise UserError(f"there is no {checkpoint}")
     args = argparse.Namespace(**tinymim.load_file(checkpoint)["args"])
     if "relations" not in args:
-        raise UserError(f"{folder} is not a run of tinymim.py")
+        raise UserError(f"{folder} is not a run of tinymim.py (figures.py --log draws its curves)")
     torch.manual_seed(args.seed)  # as in tinymim.setup
     objective, student = tinymim.build(args).eval(), tinymim.load_teacher(checkpoint)
     paths = tinymim.find_images(tinymim.image_folder(photos or args.data, "train"))

@@ -84,9 +84,10 @@ def draw(results, out):
         pen.text((left + 48, 510), name, "black", small, anchor="ma")
     run, photos = os.path.join(out, "distilled-0"), os.path.join(out, "pictures", "labelled", "val")
     crops, objective, networks = data.load_run(run, photos)
-    columns = {"picture": crops / 255}
+    images = crops / 255
+    columns = {"picture": images}
     for name, vit in networks.items():
-        heat = data.middle_row(data.relation_maps(objective, vit, crops / 255)["v-v"], vit.grid)
+        heat = data.middle_row(data.relation_maps(objective, vit, images)["v-v"], vit.grid)
         columns[name] = (heat / heat.amax((1, 2), keepdim=True))[:, None]
     pen.text((640, 20), "how the patch in the middle relates to the others (v-v)", "black", font)
     for i, (title, cells) in enumerate(columns.items()):

@@ -98,7 +98,7 @@ def draw_method(crops, objective, path):
 def draw_lengths(found, path):
     """Accuracy after fine-tuning against epochs of distillation: mean, deviation."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    titles = {"few": "a tenth of the labels", "all": "all labels"}
+    titles, most = {"few": "a tenth of the labels", "all": "all labels"}, 0
     for axes, (labels, title) in zip(panels, titles.items()):
         for (name, spec), color in zip(CURVES.items(), (BLUE, "#6aaed6", ORANGE, "gray")):
             tops = {epochs: list(of_seeds(found, labels, f"{spec} --epochs {epochs}").values())
@@ -109,10 +109,13 @@ def draw_lengths(found, path):
             axes.errorbar(list(tops), [mean(values) for values in tops.values()], errors,
                           label=name if tops else None, color=color, marker="o", markersize=3,
                           capsize=2)
+            most = max(most, len(tops))
         axes.set(xscale="log", xlabel="epochs of distillation", ylabel="top-1 (%)", title=title)
         axes.set_xticks(LENGTHS, LENGTHS)
         axes.minorticks_off()
         axes.legend()
+    if most < 2:
+        raise tinymim.UserError("no row has results of two lengths (study.py --tables length)")
     figure.savefig(path, metadata={"Date": None})
 
 def draw_curves(folders, path):
