@@ -124,6 +124,8 @@ def draw_curves(folders, path):
     for folder in folders:
         with open(os.path.join(folder, "log.jsonl")) as file:
             log = [json.loads(line) for line in file]
+        if not log:
+            raise tinymim.UserError(f"{folder}/log.jsonl is empty")
         for name in sorted((log[0].keys() | log[-1].keys()) - {"epoch", "lr", "images/s"}):
             points = [(record["epoch"], record[name]) for record in log if name in record]
             is_share = name in ("top1", "mIoU") or name.endswith("accuracy")

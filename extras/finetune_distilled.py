@@ -15,6 +15,7 @@ Pre-train with tinymim.py --heads 12 for --star: otherwise the heads change betw
 
 import functools
 import os
+import re
 import sys
 
 import torch
@@ -92,8 +93,9 @@ def load_label_teacher(name, classes, img_size):
     name (its classes are ImageNet's, in the order of their folders), or finetune.py's."""
     if name in torchvision.models.list_models(module=torchvision.models):
         weights = torchvision.models.get_model_weights(name).DEFAULT
-        if len(classes) != len(weights.meta["categories"]):
-            raise UserError(f"{name} knows ImageNet's 1000 classes, the data has {len(classes)}")
+        if len(classes) != 1000 or not re.fullmatch(r"n\d{8}", classes[0]):
+            raise UserError(f"{name} knows ImageNet's 1000 classes, by folders such as n01440764: "
+                            f"the data has {len(classes)}, the first is {classes[0]}")
         try:
             return torchvision.models.get_model(name, weights=weights)
         except (OSError, RuntimeError) as error:
@@ -151,7 +153,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.temperature != 1 and not args.soft:
         parser.error("--temperature goes with --soft")
-    folder = os.path.dirname(args.checkpoint) or os.path.join("runs", args.checkpoint)
+    folder = os.path.dirname(os.path.normpath(args.checkpoint)) or f"runs/{args.checkpoint}"
     args.out = None if args.eval else args.out or folder + "-distilled"
     if args.eval:
         return tinymim.run(parser, evaluate, args)

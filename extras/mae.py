@@ -41,6 +41,9 @@ class Decoder(nn.Module):
     """Tokens of the visible patches to the pixels of all. dim: the encoder's width."""
     def __init__(self, dim, patch_size, grid, width=512, depth=8, heads=16):
         super().__init__()
+        if width % 4 or width % heads:
+            raise UserError(f"--decoder: its width, {width}, must be divisible by 4 and by its "
+                            f"{heads} heads")
         self.embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_pos_embed(width, grid), requires_grad=False)

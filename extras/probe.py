@@ -80,7 +80,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 9  # 10 of 90
-    folder = os.path.dirname(args.checkpoint) or os.path.join("runs", args.checkpoint)
+    folder = os.path.dirname(os.path.normpath(args.checkpoint)) or f"runs/{args.checkpoint}"
     args.out = None if args.eval else args.out or folder + "-probe"
     tinymim.run(parser, train, args)
 

@@ -186,6 +186,8 @@ def build(args, checkpoint):
     tensors, sizes, config = checkpoint
     if args.eval and "channels" not in config:
         raise UserError(f"{args.checkpoint} is not a checkpoint of this script: train it first")
+    if args.eval and args.img_size not in (None, config["img_size"]):
+        raise UserError(f"{args.checkpoint} has --img-size {config['img_size']}: leave that out")
     if not args.eval:
         tensors = rename_star(tensors) if "dist_token" in tensors else tensors
         star_dim = len(tensors.get("pre_head.0.bias", ()))
@@ -395,7 +397,7 @@ def main(argv=None):
     add = parser.add_argument_group("segmentation", conflict_handler="resolve").add_argument
     add("--checkpoint", required=True, help="a file, mae_base..., or none: train from scratch")
     add("--data", default="ade20k", help="a folder (default: ade20k, downloaded)")
-    add("--img-size", type=COUNT, default=512, help="in pixels, in training (default: 512)")
+    add("--img-size", type=COUNT, help="in pixels, in training (default: 512)")
     add("--patch-size", type=COUNT, help="in pixels, with --checkpoint none")
     add("--epochs", "--warmup-epochs", choices=["--iterations"], help=argparse.SUPPRESS)
     add("--iterations", type=COUNT, default=160000, help="default: 160000")
@@ -410,9 +412,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.iterations % args.eval_every or args.iterations <= args.warmup_iterations:
         parser.error("--iterations: a multiple of --eval-every, and more than --warmup-iterations")
+    args.img_size = args.img_size or (None if args.eval else 512)
     args.epochs = args.iterations // args.eval_every
     args.warmup_epochs = args.warmup_iterations / args.eval_every
-    folder = os.path.dirname(args.checkpoint) or os.path.join("runs", args.checkpoint)
+    folder = os.path.dirname(os.path.normpath(args.checkpoint)) or f"runs/{args.checkpoint}"
     args.out = None if args.eval else args.out or folder + "-segmented"
     tinymim.run(parser, train, args)
 

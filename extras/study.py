@@ -275,7 +275,7 @@ def main(argv=None):
     add("--smallest", action="store_true", help="try every row with tiny networks on drawn shapes")
     for name, epochs in (("teacher", 60), ("distill", 3), ("few", 20), ("all", 5)):
         add(f"--{name}-epochs", type=count, default=epochs, help=f"default: {epochs}")
-    add("--batch-size", type=count, default=128, help="of pre-training; half in fine-tuning")
+    add("--batch-size", type=tinymim.between(int, 2), default=128, help="half in fine-tuning")
     add("--jobs", type=count, default=1, help="rows side by side (on a GPU 6 are best; default: 1)")
     args = parser.parse_args(argv)
     args.tables = args.tables or [name for name in tables if name[0] == "T" or args.smallest]

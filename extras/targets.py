@@ -121,6 +121,8 @@ def build(args):
         raise UserError("--mask-ratio goes with --target relation")
     if args.target == "cls" and args.teacher_block:
         raise UserError("--target cls is of the teacher's last block: leave out --teacher-block")
+    if args.target in ("cls", *FEATURES):
+        args.relation_heads = 1  # tinymim.build asks for some, but these targets have none
     kind = LogitRelation if args.target == "logit" else TinyMIM
     if args.mask_ratio:
         kind = lambda *parts: MaskedRelation(*parts, mask_ratio=args.mask_ratio)

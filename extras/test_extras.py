@@ -136,6 +136,10 @@ def test_random_mask_and_pick_bring_every_patch_back_to_its_place():
 def test_a_mask_ratio_that_leaves_nothing(ratio):
     refused("leaves nothing", mae.MAE, ViT(**SMALL), ratio)
 
+@pytest.mark.parametrize("decoder", [(24, 1, 5), (18, 1, 3)])
+def test_a_decoder_that_does_not_split(decoder):
+    refused("divisible by 4 and by its", mae.MAE, ViT(**SMALL), 0.75, decoder)
+
 def test_maes_recipe_and_ranges(capsys):
     """Warm-up of None is a 20th of the epochs in the training loop."""
     args = vars(args_of(mae))
@@ -283,7 +287,8 @@ def test_which_block_teaches(teacher_file):
     for the output always the last."""
     for options, block in (([], 4), (["--depth=3"], 3), (["--depth=3", "--target=ffn"], 3),
                            (["--depth=3", "--target=output"], 4),
-                           (["--target=output", "--teacher-block=2"], 2)):
+                           (["--target=output", "--teacher-block=2"], 2),  # and no relation heads:
+                           (["--target=output", "--dim=32", "--teacher-heads=3"], 4)):
         objective = targets.build(args_of(targets, *target_options(teacher_file, *options)))
         is_feature = isinstance(objective, targets.Feature)
         found = objective.block if is_feature else objective.teacher_block
@@ -673,9 +678,11 @@ def test_a_label_teacher_of_torchvision(monkeypatch):
     asked = []
     get_model = lambda name, weights: asked.append((name, weights.meta["num_params"])) or "network"
     monkeypatch.setattr(finetune_distilled.torchvision.models, "get_model", get_model)
-    classes = [str(i) for i in range(1000)]
+    classes = [f"n{i:08}" for i in range(1000)]
     assert finetune_distilled.load_label_teacher("regnet_y_16gf", classes, 224) == "network"
     assert asked == [("regnet_y_16gf", 83590140)]
+    others = [f"class {i}" for i in range(1000)]
+    refused("n01440764", finetune_distilled.load_label_teacher, "regnet_y_16gf", others, 224)
     no_network = Mock(side_effect=OSError("no route to host"))
     monkeypatch.setattr(finetune_distilled.torchvision.models, "get_model", no_network)
     says = "cannot download the weights of regnet_y_16gf .no route"

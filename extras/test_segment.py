@@ -528,6 +528,8 @@ def test_segmentation_trains_resumes_and_evaluates(teacher_file, tmp_path, capsy
 
     capsys.readouterr()
     checkpoint = str(tmp_path / "whole" / "last.pth")
+    with pytest.raises(SystemExit, match="has --img-size 32"):
+        segment.main(["--eval", "--checkpoint", checkpoint, *common, "--img-size", "64"])
     segment.main(["--eval", "--checkpoint", checkpoint, *common])
     one = capsys.readouterr().out.splitlines()
     assert len(one) == 12 and one[0].startswith("class   1  IoU ")
