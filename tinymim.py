@@ -15,11 +15,11 @@ CVPR 2023, https://arxiv.org/abs/2301.01296. One step of training is the method,
     sum(losses.values()).backward()
 
 Masked image modelling suits large networks: a small one learns more by imitating one of them. It
-could copy the class token or the features; the paper finds that relations teach most. Split q and k
-of an image, N tokens of width D, into h relation heads. Each head gives an N x N matrix,
-softmax(q kᵀ / sqrt(D/h)): how every token relates to every token. With the same h in both networks
-the matrices have the same shape, whatever D is (here a head is 64 wide in the teacher, 16 in the
-student), so no projection is needed. Nothing is masked: that was in the teacher's pre-training.
+could copy the class token or the features; the paper finds that relations teach most. Take a pair,
+by default q and q, k and k, or v and v: N tokens of width D each. Split D into h relation heads.
+Each head gives an N x N matrix, softmax(q qᵀ / sqrt(D/h)): how every token relates to every token.
+With the same h in both networks the matrices have the same shape, whatever D is (here a head is 64
+wide in the teacher, 16 in the student), so no projection is needed. Nothing is masked here.
 
 Part I is the method: train calls fit, fit calls two_views and TinyMIM.forward, and forward calls
 qkv_at and relation_loss. Part II is for reference: checkpoints, image files, the command line.
@@ -197,8 +197,8 @@ class TinyMIM(nn.Module):
     """The objective: two views of a batch in, {pair: loss} out.
 
     teacher_block: which block teaches, from 1. Default: the last if both networks are equally deep,
-        else 3/4 of the way up. Of ViT-L's 24 blocks that is 18, the authors' choice. For ViT-B it
-        is best in segmentation (52.2 mIoU); in accuracy block 21 is (84.8%, not 84.6%; Table 10).
+        else 3/4 of the way up. Of ViT-L's 24 blocks that is 18, the authors' choice: for a ViT-B
+        best in segmentation (52.2 mIoU). In accuracy block 21 is (84.8%, not 84.6%; Table 10).
     relation_heads: h. Default: the h the teacher was distilled with, else its attention heads.
     pairs: the paper's results are of qk vv (84.6% in Table 7). The default here is MiniLMv2's qq kk
         vv (84.5%), which gives each of q, k and v a target of its own.
@@ -331,7 +331,7 @@ def fit(objective, dataset, prepare, optimizer, args, evaluate=lambda epoch: {},
             objective, find_unused_parameters=hasattr(objective, "teacher"))
 
     for epoch in range(len(history), args.epochs):
-        # Seed each epoch, for --resume. After iter(loader): that draws a number in some epochs.
+        # Seed each epoch, for --resume; after iter(loader), as that draws a number in some epochs.
         loader.sampler.set_epoch(epoch)
         batches = iter(loader)
         torch.manual_seed(hash((args.seed, epoch, RANK)))
