@@ -4,7 +4,7 @@
 
 Draws pictures of ten shapes (extras/shapes.py). A student learns from the small MAE teacher of such
 pictures in assets/, without labels, and is then fine-tuned on a few labelled ones. For comparison,
-the same network is pre-trained with MAE, for as long, and trained from scratch, and the teacher is
+the same network is pre-trained with MAE, for longer, and trained from scratch, and the teacher is
 fine-tuned. demo.png shows their accuracy, and how the patches of a picture relate.
 """
 
@@ -37,7 +37,7 @@ SIZES = "--patch-size 6 --img-size 36"
 DISTIL = (f"{STUDENT} --teacher {TEACHER} --teacher-block 6 --epochs 2 --warmup-epochs 0.2 "
           "--batch-size 64 --blr 8e-3")
 PRETRAIN = (f"{STUDENT} {SIZES} --epochs 4 --batch-size 64 --blr 3e-3 --mask-ratio 0.6 "
-            "--decoder 48 2 3")  # takes as long as distillation
+            "--decoder 48 2 3")  # takes longer than distillation
 TUNE = "--batch-size 32 --augment crop --crop-scale 0.5 --warmup-epochs 1 --eval-every 99"
 # Fine-tuning, with the best of two or three rates each, on a seed that is not reported. Two run at
 # a time, the longest first.
@@ -123,7 +123,7 @@ def demo(args):
         print(f"| {name} | {statistics.mean(results[name]):.1f}%{deviation} |")
     print(f"\n{time.time() - began:.0f} seconds. All were fine-tuned on the same 1,500 labels. "
           "Before, the student copied its teacher's\nrelations on 5,000 pictures without labels; "
-          f"MAE had as long on them by itself. See {args.out}/demo.png.\nNext, on photos: python "
+          f"MAE had longer on them by itself. See {args.out}/demo.png.\nNext, on photos: python "
           "extras/data.py && python tinymim.py --student nano\n--teacher "
           "assets/cifar10_teacher.pth --data data/cifar10 --batch-size 128 --blr 1.6e-2 --epochs 3")
 

@@ -43,7 +43,7 @@ ROWS = (
     ("T5", "class token, and MAE's loss", "--target cls --mae", 82.1),
     ("T11", "teacher → assistant → student", "--teacher assistant", 75.0),
     ("T11", "teacher → student", "", 74.4),
-    # Hypothesis 1: relations converge more slowly. MAE has 10/3 of the epochs, which take as long.
+    # Hypothesis 1: relations converge more slowly. MAE has 10/3 of the epochs: as much to compute.
     *(("length", f"{name}, {epochs} epoch{'s' * (epochs > 1)}", f"{spec} --epochs {epochs}", None)
       for epochs in LENGTHS for name, spec in CURVES.items()),
     # Hypothesis 2: relations that say more about the photo teach better. The teacher's block is 5.

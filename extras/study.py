@@ -48,7 +48,7 @@ def run(main, folder, *options):
     return tinymim.load_file(os.path.join(folder, "last.pth"))["history"]
 
 def epochs_of(args, spec):
-    """How many epochs of pre-training a row has. MAE has 10/3 as many, which take as long."""
+    """How many epochs of pre-training a row has. MAE has 10/3 as many: as much to compute."""
     words = spec.split()
     if args.smallest:
         return 1
