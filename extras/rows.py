@@ -50,7 +50,7 @@ ROWS = (
     *(("content", pairs, f"--relations {pairs} --epochs 3", None)
       for pairs in ("qk vv", "qq kk vv", "vv", "qk", "qq kk")),
     *(("content", f"vv, block {block}", f"--relations vv --teacher-block {block} --epochs 3", None)
-      for block in (3, 4, 6)),
+      for block in (2, 3, 4, 6)),
     # Hypothesis 3: of 12 blocks, relations leave a twelfth half trained; of 4 blocks, a quarter.
     ("depth", "relation (qk vv), 12 blocks", "deep --relations qk vv --epochs 3", None),
     ("depth", "relation (vv), 12 blocks", "deep --relations vv --epochs 3", None),
