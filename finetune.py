@@ -314,11 +314,15 @@ def make_parser(prog, doc):
     add("--eval", action="store_true", help="only evaluate a fine-tuned checkpoint on --data")
     return parser
 
+def folder_of_run(args, suffix):
+    """--out, or the checkpoint's folder with a suffix. None with --eval, which saves nothing."""
+    folder = os.path.dirname(os.path.normpath(args.checkpoint)) or f"runs/{args.checkpoint}"
+    return None if args.eval else args.out or folder + suffix
+
 def main(argv=None):
     parser = make_parser("finetune.py", __doc__)
     args = parser.parse_args(argv)
-    folder = os.path.dirname(os.path.normpath(args.checkpoint)) or f"runs/{args.checkpoint}"
-    args.out = None if args.eval else args.out or folder + "-finetuned"
+    args.out = folder_of_run(args, "-finetuned")
     tinymim.run(parser, train, args)
     if RANK == 0 and not args.eval:
         print(f"finished. Next: python finetune.py --eval --checkpoint {args.out}/best.pth "

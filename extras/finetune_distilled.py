@@ -153,8 +153,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.temperature != 1 and not args.soft:
         parser.error("--temperature goes with --soft")
-    folder = os.path.dirname(os.path.normpath(args.checkpoint)) or f"runs/{args.checkpoint}"
-    args.out = None if args.eval else args.out or folder + "-distilled"
+    args.out = finetune.folder_of_run(args, "-distilled")
     if args.eval:
         return tinymim.run(parser, evaluate, args)
     if args.star:

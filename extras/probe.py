@@ -80,8 +80,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 9  # 10 of 90
-    folder = os.path.dirname(os.path.normpath(args.checkpoint)) or f"runs/{args.checkpoint}"
-    args.out = None if args.eval else args.out or folder + "-probe"
+    args.out = finetune.folder_of_run(args, "-probe")
     tinymim.run(parser, train, args)
 
 if __name__ == "__main__":

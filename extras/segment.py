@@ -186,7 +186,7 @@ def build(args, checkpoint):
     tensors, sizes, config = checkpoint
     if args.eval and "channels" not in config:
         raise UserError(f"{args.checkpoint} is not a checkpoint of this script: train it first")
-    if args.eval and args.img_size not in (None, config["img_size"]):
+    if args.eval and sizes["img_size"] != config["img_size"]:
         raise UserError(f"{args.checkpoint} has --img-size {config['img_size']}: leave that out")
     if not args.eval:
         tensors = rename_star(tensors) if "dist_token" in tensors else tensors
@@ -415,8 +415,7 @@ def main(argv=None):
     args.img_size = args.img_size or (None if args.eval else 512)
     args.epochs = args.iterations // args.eval_every
     args.warmup_epochs = args.warmup_iterations / args.eval_every
-    folder = os.path.dirname(os.path.normpath(args.checkpoint)) or f"runs/{args.checkpoint}"
-    args.out = None if args.eval else args.out or folder + "-segmented"
+    args.out = finetune.folder_of_run(args, "-segmented")
     tinymim.run(parser, train, args)
 
 if __name__ == "__main__":
