@@ -34,9 +34,10 @@ class Classifier(ViT):
     """
     def __init__(self, dim, depth, heads, num_classes=1000, patch_size=16, img_size=224,
                  drop_path=0.0):
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        super().__init__(dim, depth, heads, patch_size, img_size, rates)
-        self.config["num_classes"] = num_classes
+        super().__init__(dim, depth, heads, patch_size, img_size)
+        self.config |= dict(num_classes=num_classes)
+        for i, block in enumerate(self.blocks):
+            block.drop_path.p = drop_path * i / max(depth - 1, 1)
         self.pos_embed.requires_grad_(True)  # fixed in pre-training, learnt here, as in MAE
         self.norm = nn.Identity()  # the norm follows the mean instead
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6)
@@ -49,7 +50,7 @@ class Classifier(ViT):
         tokens = super().forward(images)  # (B, N, dim), the class token first
         return self.head(self.fc_norm(tokens[:, 1:].mean(dim=1)))
 
-def build(args, checkpoint, classes, kind=Classifier, new=("head", "fc_norm")):
+def new_classifier(args, checkpoint, classes, kind=Classifier, new=("head", "fc_norm")):
     """A classifier of these classes, initialised from what read_checkpoint() returned.
 
     new: parameters that need not be in the checkpoint. After distillation, what comes after the q,
@@ -57,7 +58,8 @@ def build(args, checkpoint, classes, kind=Classifier, new=("head", "fc_norm")):
     """
     tensors, sizes, config = checkpoint
     model = kind(**sizes, num_classes=len(classes), drop_path=args.drop_path)
-    model.config |= dict(classes=classes, relation_heads=config.get("relation_heads"))
+    kept = {name: config.get(name) for name in ("relation_heads", "pretraining")}
+    model.config |= dict(classes=classes, **kept)  # how it was pre-trained
     fresh = {name: t for name, t in model.state_dict().items() if name.startswith(new)}
     # Keep an old head only if its classes are the same, and the norm before it is there, too.
     keep = config.get("classes") == classes and fresh.keys() <= tensors.keys()
@@ -67,12 +69,16 @@ def build(args, checkpoint, classes, kind=Classifier, new=("head", "fc_norm")):
     return model
 
 class Supervised(nn.Module):
-    """The objective: images (B, 3, H, W), soft targets (B, num_classes) to {"loss": scalar}."""
-    def __init__(self, model, args):
+    """The objective: uint8 crops (B, 3, H, W) and labels (B,) to {"loss": cross-entropy}."""
+    def __init__(self, model, augment):
         super().__init__()
-        self.student, self.smoothing = model, AUGMENTATIONS[args.augment]["smoothing"]
+        self.student, self.smoothing = model, AUGMENTATIONS[augment]["smoothing"]
+        self.augment = Augment(model.config["num_classes"], augment)
 
-    def forward(self, images, targets):
+    def forward(self, crops, labels):
+        return self.losses(*self.augment(crops, labels))
+
+    def losses(self, images, targets):  # (B, 3, H, W), (B, num_classes)
         logits = self.student(images).float()
         return {"loss": F.cross_entropy(logits, targets.float(), label_smoothing=self.smoothing)}
 
@@ -165,6 +171,7 @@ class Augment:
         self.mixes = [kind(alpha=chosen[name], num_classes=num_classes)
                       for name, kind in kinds.items() if chosen[name]]
 
+    @torch.compiler.disable  # it decides image by image
     def __call__(self, crops, labels):
         images = tinymim.normalize(crops / 255)
         if self.erase.p:
@@ -204,7 +211,7 @@ def settle(args):
     recipe = DEFAULTS | RECIPES[max(width for width in RECIPES if width <= dim)]
     if args.checkpoint == "none":
         recipe["layer_decay"] = 1  # there is nothing to preserve in early layers
-    elif dim == 768 and config.get("relation_heads") is None:
+    elif dim == 768 and config.get("pretraining") in (None, "MAE"):
         recipe["drop_path"] = 0.1
     for option, value in recipe.items():
         if getattr(args, option) is None:
@@ -267,27 +274,33 @@ def print_accuracy(args, model):
 
 # ---- 5. Training and command line ---------------------------------------------------------------
 
-def train(args, build_model=build, make_objective=Supervised):
+def build(args, checkpoint, classes):
+    return Supervised(new_classifier(args, checkpoint, classes), args.augment)
+
+def train(args, build_objective=build):
     """Fine-tune, or with --eval only evaluate."""
     checkpoint = settle(args)
-    tinymim.setup(args)
+    tinymim.resolve(args)
+    tinymim.start_processes(args)
     if args.eval:
         tensors, sizes, config = checkpoint
         if "head.weight" not in tensors or "head_dist.weight" in tensors:
             raise UserError(f"{args.checkpoint} needs exactly one head: fine-tune it first. If it "
-                            "has two, extras/finetune_distilled.py evaluates it")
+                            "has two, extras/finetune_with_label_teacher.py evaluates it")
         classes = config.get("classes")
         if not classes:  # as in MAE's fine-tuned checkpoints
             classes = read_folder(tinymim.image_folder(args.data, "val"))[2]
             print(f"{args.checkpoint} does not name its classes: taken from --data, sorted by name")
-        return print_accuracy(args, build(args, checkpoint, classes, new=()))
+        model = tinymim.by_options(new_classifier, args, checkpoint, classes, Classifier, ())
+        return print_accuracy(args, model)
     folder = tinymim.image_folder(args.data)
-    paths, labels, classes = read_folder(f"{folder}/train")
-    val_paths, val_labels, val_classes = read_folder(f"{folder}/val")
+    paths, labels, classes = read_folder(os.path.join(folder, "train"))
+    val_paths, val_labels, val_classes = read_folder(os.path.join(folder, "val"))
     if classes != val_classes:
-        raise UserError(f"only one of {args.data}/train and val has the classes "
+        raise UserError(f"only one of {folder}/train and val has the classes "
                         f"{set(classes) ^ set(val_classes)!s:.80}")
-    model = build_model(args, checkpoint, classes).to(args.device)
+    objective = tinymim.by_options(build_objective, args, checkpoint, classes).to(args.device)
+    model = objective.student
     dataset = ImageDataset(
         paths, train_transform(model.img_size, args.crop_scale, args.augment), args.seed, labels)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
@@ -297,32 +310,40 @@ def train(args, build_model=build, make_objective=Supervised):
         return evaluate(model, val_paths, val_labels, args) if due else {}
 
     evaluate_epoch(args.epochs)  # finds broken files now, not after an epoch
-    tinymim.fit(make_objective(model, args).to(args.device), dataset,
-                Augment(len(classes), args.augment),
-                torch.optim.AdamW(groups, fused=args.device == "cuda"), args, evaluate_epoch)
+    optimizer = torch.optim.AdamW(groups, fused=args.device == "cuda")
+    tinymim.fit(objective, dataset, optimizer, args, evaluate_epoch)
 
-def make_parser(prog, doc):
-    """The options of fine-tuning. Those that are None follow the recipe."""
-    parser = tinymim.make_parser(prog, doc, dict(min_lr=None, student=None))
+def make_parser(prog, doc, **defaults):
+    """The options of fine-tuning. Those without a default follow the recipe."""
+    defaults = dict(data="imagenette", device=tinymim.DEFAULTS["device"], amp="auto", seed=0,
+                    accum=1, crop_scale=0.08, eval_every=1, min_lr=None) | defaults
+    parser = tinymim.make_parser(prog, doc, defaults)
     add = parser.add_argument
     add("--checkpoint", required=True, help="a file, mae_base..., or none: train from scratch")
     add("--layer-decay", type=tinymim.SHARE, help="a layer's rate, as a share of that above it")
     add("--patch-size", type=tinymim.COUNT, help="in pixels, with --checkpoint none")
     add("--augment", choices=AUGMENTATIONS, help="crop: only crops and flips, for few images")
-    add("--crop-scale", type=tinymim.between(float, 0.01, 1), default=0.08, help="smallest crop")
-    add("--eval-every", type=tinymim.COUNT, default=1, help="epochs between evaluations")
+    add("--crop-scale", type=tinymim.between(float, 0.01, 1), help="smallest crop")
+    add("--eval-every", type=tinymim.COUNT, help="epochs between evaluations")
     add("--eval", action="store_true", help="only evaluate a fine-tuned checkpoint on --data")
     return parser
 
-def folder_of_run(args, suffix):
-    """--out, or the checkpoint's folder with a suffix. None with --eval, which saves nothing."""
+USED_BY_EVAL = "eval checkpoint data img_size heads batch_size workers device amp".split()
+
+def parse(parser, argv, suffix, used=USED_BY_EVAL):
+    """The options, with the run's folder: --out, or the checkpoint's and a suffix. --eval saves
+    nothing, and other options than those that it uses are a mistake."""
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items() if args.eval else ():
+        if name not in used and value != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} has no effect with --eval")
     folder = os.path.dirname(os.path.normpath(args.checkpoint)) or f"runs/{args.checkpoint}"
-    return None if args.eval else args.out or folder + suffix
+    args.out = None if args.eval else args.out or folder + suffix
+    return args
 
 def main(argv=None):
     parser = make_parser("finetune.py", __doc__)
-    args = parser.parse_args(argv)
-    args.out = folder_of_run(args, "-finetuned")
+    args = parse(parser, argv, "-finetuned")
     tinymim.run(parser, train, args)
     if RANK == 0 and not args.eval:
         print(f"finished. Next: python finetune.py --eval --checkpoint {args.out}/best.pth "
