@@ -315,9 +315,9 @@ def train(args, build_objective=build):
 
 def make_parser(prog, doc, **defaults):
     """The options of fine-tuning. Those without a default follow the recipe."""
-    defaults = dict(data="imagenette", device=tinymim.DEFAULTS["device"], amp="auto", seed=0,
-                    accum=1, crop_scale=0.08, eval_every=1, min_lr=None) | defaults
-    parser = tinymim.make_parser(prog, doc, defaults)
+    usual = {name: tinymim.DEFAULTS[name] for name in ("data", "device", "amp", "seed", "accum")}
+    usual |= dict(crop_scale=0.08, eval_every=1, min_lr=None)
+    parser = tinymim.make_parser(prog, doc, usual | defaults)
     add = parser.add_argument
     add("--checkpoint", required=True, help="a file, mae_base..., or none: train from scratch")
     add("--layer-decay", type=tinymim.SHARE, help="a layer's rate, as a share of that above it")

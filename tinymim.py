@@ -15,10 +15,10 @@ CVPR 2023, https://arxiv.org/abs/2301.01296. One step of training is the method,
     sum(losses.values()).backward()
 
 Masked image modelling suits large networks. The paper finds that a small one learns more by
-imitating a large one, and most by imitating its relations. Take a pair of q, k, v, by default q and
-q, k and k, or v and v: N tokens of width D each. Split D into h relation heads. Each head gives an
-N x N matrix, softmax(q qᵀ / sqrt(D/h)): how every token relates to every token. With the same h in
-both networks the matrices have the same shape, whatever D is (here a head is 64 wide in the
+imitating a large one, and most by imitating its relations. A pair such as q and q, k and k or v and
+v (N tokens of width D each) gives one relation: split D into h relation heads, and each head gives
+an N x N matrix, softmax(q qᵀ / sqrt(D/h)): how every token relates to every token. With the same h
+the matrices of both networks have the same shape, whatever D is (here a head is 64 wide in the
 teacher, 16 in the student), so no projection is needed. Nothing is masked here.
 
 Part I is the method: fit calls update, update calls TinyMIM.forward, and that calls two_views,
@@ -72,8 +72,7 @@ def log_relation(a, b, relation_heads):
     """
     if a.ndim != 3 or a.shape[2] % relation_heads:
         raise ValueError(f"{tuple(a.shape)} is not (B, N, D), D divisible by {relation_heads}")
-    # Not in fp16, where the logits can overflow, nor in bf16, where they are coarse. On a GPU the
-    # product is in TF32, which has float32's range.
+    # Not in fp16, where logits can overflow, nor in bf16, where they are coarse.
     dtype = torch.promote_types(a.dtype, torch.float32)  # float64 stays float64
     with torch.autocast(a.device.type, enabled=False):
         a = split_heads(a.to(dtype), relation_heads)
@@ -87,7 +86,7 @@ def relation_loss(student_qkv, teacher_qkv, relation_heads, pairs=("qq", "kk", "
 
     student_qkv, teacher_qkv: queries, keys, values of one block, (B, N, D) each. B and N are the
     same in both networks, D may differ. Both are split into the same number of relation heads,
-    whatever their attention has. (The paper's student has the teacher's number in its last block.)
+    whatever their attention has.
     """
     student = dict(zip("qkv", student_qkv, strict=True))
     teacher = dict(zip("qkv", teacher_qkv, strict=True))
@@ -99,9 +98,9 @@ def relation_loss(student_qkv, teacher_qkv, relation_heads, pairs=("qq", "kk", "
         with torch.no_grad():
             log_target = log_relation(teacher[a], teacher[b], relation_heads)
         log_predicted = log_relation(student[a], student[b], relation_heads)
-        # This way round, the student pays where the teacher relates two tokens and it does not.
+        # This way round it costs the student most to miss what the teacher relates strongly.
         kl = F.kl_div(log_predicted, log_target, reduction="none", log_target=True)
-        losses[pair] = kl.sum(dim=-1).mean()  # a row is one distribution: sum; then all rows' mean
+        losses[pair] = kl.sum(dim=-1).mean()  # sum over a row, mean over rows, heads and images
     return losses
 
 # ---- 2. Vision Transformer ----------------------------------------------------------------------
@@ -187,7 +186,7 @@ class ViT(nn.Module):
 
     @staticmethod
     def init_weights(module):
-        """MAE's: Xavier for matrices, with each patch as a row; the convolution keeps its bias."""
+        """MAE's: Xavier uniform. The convolution counts as a matrix, and keeps PyTorch's bias."""
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(module.weight.data.flatten(1))
         if isinstance(module, nn.Linear):
@@ -200,9 +199,7 @@ class ViT(nn.Module):
 
     def qkv_at(self, images, block):
         """q, k, v of block number `block`, from 1: (B, N, dim) each. Later layers do not run."""
-        x = self.embed(images)
-        for earlier in self.blocks[:block - 1]:
-            x = earlier(x)
+        x = self.blocks[:block - 1](self.embed(images))
         return self.blocks[block - 1].qkv(x)
 
     def forward(self, images):
@@ -214,9 +211,8 @@ class ViT(nn.Module):
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def crop_and_flip(size):  # one crop for both networks: token i is the same patch in both
-    return v2.Compose([
-        v2.RandomResizedCrop(size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC),
-        v2.RandomHorizontalFlip()])
+    crop = v2.RandomResizedCrop(size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 def color_jitter(images, order, factors):
     """torchvision's ColorJitter, without hue, for a batch at once: images (B, 3, H, W) in [0, 1].
@@ -240,10 +236,8 @@ def normalize(images):
 
 def two_views(crops):
     """uint8 crops (B, 3, H, W) to the student's view and the teacher's, float (B, 3, H, W) each.
-
-    As in the authors' code only the student's view is jittered; the target comes from true colours.
-    Jittering on the GPU lets workers send one uint8 crop, 1/8 the bytes of two float32 views.
-    """
+    As in the authors' code only the student's is jittered; the target comes from true colours."""
+    # Jittering on the GPU lets workers send one uint8 crop, 1/8 the bytes of two float32 views.
     images = crops / 255
     order = torch.rand(len(images), 3, device=images.device).argsort(dim=1)  # permutations
     factors = 0.6 + 0.8 * torch.rand(len(images), 3, device=images.device)  # as ColorJitter(0.4)
@@ -255,8 +249,8 @@ class TinyMIM(nn.Module):
     """The objective: a batch of uint8 crops in, {pair: loss} out.
 
     teacher_block: which block teaches, from 1. Default: the last if both networks are equally deep,
-        else 3/4 of the way up. Of ViT-L's 24 blocks that is 18, the authors' choice: for a ViT-B
-        best in segmentation (52.2 mIoU). In accuracy block 21 is (84.8%, not 84.6%; Table 10).
+        else 3/4 of the way up. Of ViT-L's 24 blocks that is 18, the authors' choice: the best for
+        segmentation, 0.2% below block 21 in accuracy (Table 10).
     relation_heads: h. Default: the h the teacher was distilled with, else its attention heads.
     pairs: the paper's results are of qk vv (84.6% in Table 7). The default here is MiniLMv2's qq kk
         vv (84.5%), which gives each of q, k and v a target of its own.
@@ -276,10 +270,10 @@ class TinyMIM(nn.Module):
         if student.dim % relation_heads or teacher.dim % relation_heads:
             raise ValueError(f"widths of {student.dim} and {teacher.dim} do not both split into "
                              f"{relation_heads} relation heads")
-        self.student, self.teacher = student, teacher.requires_grad_(False)
+        self.student, self.teacher = student, teacher.requires_grad_(False).eval()
         self.teacher_block, self.relation_heads, self.pairs = teacher_block, relation_heads, pairs
-        # The loss ends at q, k and v of the student's last block, so that all blocks below it
-        # learn. What comes after is not trained, and enters fine-tuning as it was initialised.
+        # The loss ends at q, k and v of the student's last block, so that all below it learn. What
+        # comes after is not trained, and enters fine-tuning as it was initialised.
         last = student.blocks[-1]
         for layer in (last.attn.proj, last.norm2, last.mlp, student.norm):
             layer.requires_grad_(False).register_forward_pre_hook(refuse_to_train)
@@ -300,10 +294,10 @@ class TinyMIM(nn.Module):
 
 def refuse_to_train(layer, inputs):
     """A hook for layers that TinyMIM froze: whoever trains through them after all must say so."""
-    learns = any(parameter.requires_grad for parameter in layer.parameters())
-    if layer.training and torch.is_grad_enabled() and not learns:
-        raise RuntimeError("TinyMIM froze the end of the student's last block, as its loss does not "
-                           "reach it. To train it too: layer.requires_grad_(True)")
+    frozen = [not parameter.requires_grad for parameter in layer.parameters()]
+    if frozen and all(frozen) and layer.training and torch.is_grad_enabled():
+        raise RuntimeError("TinyMIM froze this layer, as its loss does not reach it. To train it "
+                           "all the same: layer.requires_grad_(True)")
 
 # ---- 5. Training --------------------------------------------------------------------------------
 
@@ -343,7 +337,6 @@ def update(model, batches, optimizer, scaler, args, totals):
         scaler.scale(sum(losses.values()) / args.accum).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0) + loss.detach()
-
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.grad is None:
             raise RuntimeError(f"no loss reaches {name}: freeze it, or use it")
@@ -354,10 +347,7 @@ def update(model, batches, optimizer, scaler, args, totals):
 
 def fit(objective, dataset, optimizer, args, evaluate=lambda epoch: {}, schedule=learning_rate):
     """The training loop, of any objective that takes a batch of the dataset and gives {name: loss}.
-
-    objective.student, a ViT, is what is saved as the model. objective.teacher, if any, is not saved.
-    evaluate(epoch) adds to the log. A group of the optimizer may have an lr_scale (finetune.py).
-    """
+    objective.student, a ViT, is saved as the model; objective.teacher, if any, is not saved."""
     loader = make_loader(dataset, args)  # of [crops], uint8 (B, 3, H, W)
     updates = len(loader) // args.accum  # per epoch
     peak = args.blr * args.images_per_update / 256  # the linear scaling rule
@@ -368,17 +358,16 @@ def fit(objective, dataset, optimizer, args, evaluate=lambda epoch: {}, schedule
     print_run(objective, dataset, args)
     objective.compile(disable=not args.compile)  # in place: its state_dict keeps its names
     model = nn.parallel.DistributedDataParallel(objective) if WORLD > 1 else objective
-
     for epoch in range(len(history), args.epochs):
-        # Seed each epoch, for --resume; after iter(loader), as that draws a number in some epochs.
         loader.sampler.set_epoch(epoch)
         batches = iter(loader)
+        # For --resume, each epoch has its own seed: after iter(loader), which may draw a number.
         torch.manual_seed(seed_from(args.seed, epoch, RANK))
         model.train()
         began, totals = time.perf_counter(), {}
         for step in progress(epoch, updates, totals, args):
-            lr = schedule(epoch + step / updates, peak, args.warmup_epochs, args.epochs,
-                          args.min_lr)
+            now = epoch + step / updates
+            lr = schedule(now, peak, args.warmup_epochs, args.epochs, args.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             update(model, batches, optimizer, scaler, args, totals)
@@ -418,7 +407,7 @@ def download(url):
 
 def load_file(path):
     """What torch.save wrote, as long as that is tensors and plain values: no code in it runs."""
-    with explained(f"cannot load {path}", ": if a download was cut short, delete it; if it has more "
+    with explained(f"cannot load {path}", ": delete it if a download was cut short; if it has more "
                    "than tensors, save model.state_dict() instead"):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("wrong checksum")  # PyTorch does not check it
@@ -461,8 +450,8 @@ def read_checkpoint(source, heads=None):
     return tensors, sizes, config
 
 def load_weights(vit, tensors, source):
-    """Copy {name: tensor} into the ViT, but for what may come after its blocks: MAE's decoder, a
-    head, a norm. Anything else that the ViT lacks would change its tokens: an error."""
+    """Copy {name: tensor} into the ViT. Tensors that act after its blocks may be left out: MAE's
+    decoder, heads, norms. Any other that the ViT does not have is an error."""
     after = ("decoder", "mask_token", "head", "fc_norm.", "norm.")
     tensors = {name: tensor for name, tensor in tensors.items()
                if name in vit.state_dict() or not name.startswith(after)}
@@ -499,13 +488,15 @@ def image_folder(data, split=""):
             Imagenette(partial, size="320px", download=True)
             if not os.path.isdir(folder):  # else another process was faster
                 os.rename(os.path.join(partial, "imagenette2-320"), folder)
+    if not data:
+        raise UserError("--data is empty: name a folder of images")
     inside = os.path.join(folder, split)
     return inside if split and os.path.isdir(inside) else folder
 
 def find_images(folder):
     """The paths of all images in `folder`, at any depth, sorted, as an array of bytes."""
     paths, others, folders = [], 0, [folder]
-    while folders:  # depth first, so that a loop of links soon raises OSError
+    while folders:  # depth first: a link to its own parent soon makes a path that is too long
         for entry in os.scandir(folders.pop()):
             suffix = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):  # .ipynb_checkpoints, and macOS's ._photo.jpg
@@ -513,7 +504,7 @@ def find_images(folder):
             if entry.is_dir():
                 folders.append(entry.path)
             elif suffix in (".jpg", ".jpeg", ".png", ".webp") and (
-                    entry.is_file() or entry.is_symlink()):  # not a pipe
+                    entry.is_file() or entry.is_symlink()):  # to open a pipe would hang
                 paths.append(os.fsencode(entry.path))
             else:
                 others += 1
@@ -544,6 +535,7 @@ def decode(path):
 
 def seed_from(*numbers):
     """A seed from a run's seed, an epoch, a rank...: other numbers give an unrelated one."""
+    numbers = (len(numbers), *numbers)  # as SeedSequence takes (1, 2) and (1, 2, 0) for the same
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 class ImageDataset(Dataset):
@@ -583,7 +575,7 @@ def make_loader(dataset, args):
 MAY_CHANGE = {"resume", "out", "data", "workers", "device", "compile", "batch_size", "accum"}
 
 def settings_of(args, objective, dataset):
-    """What --resume compares: the options, the network's sizes, the data's, the teacher's sum."""
+    """What must be the same after --resume: options, sizes, the number of images, the teacher."""
     settings = vars(args) | objective.student.config | {"images": len(dataset)}
     if hasattr(objective, "teacher"):
         tensors = objective.teacher.state_dict().values()
@@ -593,7 +585,7 @@ def settings_of(args, objective, dataset):
 def load_run(state, settings):
     """With --resume, continue the run in --out. Returns the records of its finished epochs."""
     path, history = os.path.join(settings["out"], "last.pth"), []
-    if os.path.exists(path):
+    if settings["resume"] and os.path.exists(path):
         saved = load_file(path)
         if not {"args", "history", *state} <= saved.keys():
             raise UserError(f"{path} is not of a run of this program: choose another --out")
@@ -663,7 +655,7 @@ def progress(epoch, updates, totals, args):
                 raise FloatingPointError(f"the loss is {loss} in epoch {epoch + 1}")
 
 def mean_losses(totals, batches):
-    """Of the batches of all processes, and their sum as "loss"."""
+    """The means over the batches of all processes, and their sum as "loss"."""
     means = torch.stack(list(totals.values())) / (batches * WORLD)
     if WORLD > 1:
         dist.all_reduce(means)
@@ -698,7 +690,7 @@ def resolve(args):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     workers = min(16, cores) if on_gpu else (cores + 2) // 4
-    if "OMP_NUM_THREADS" not in os.environ:  # not by --workers: it would change the last digits
+    if "OMP_NUM_THREADS" not in os.environ:  # whatever --workers is: it changes rounding
         torch.set_num_threads(max(1, cores - workers))
     if args.workers is None:
         args.workers = workers
@@ -712,8 +704,8 @@ def start_processes(args):
     torch.manual_seed(args.seed)
 
 def by_options(build_objective, *args):
-    """What it builds. The networks' own errors, which are ValueErrors, know no options."""
-    with explained("these sizes do not fit", ": see --img-size, --dim, --heads, --teacher-heads, "
+    """build_objective(*args). A ValueError of the networks gets the options that may cause it."""
+    with explained("these options do not fit", ": see --img-size, --dim, --heads, --teacher-heads, "
                    "--teacher-block, --relations, --relation-heads", ValueError):
         return build_objective(*args)
 
@@ -752,9 +744,10 @@ COUNT, RATE, SHARE = between(int, 1), between(float, 0), between(float, 0, 1)
 DEFAULTS = RECIPE | dict(  # what is not here is None: it follows from others or from a file
     student="tiny", data="imagenette", seed=0, amp="auto", resume=False,
     device="cuda" if torch.cuda.is_available() else "cpu")
+TEACHING = dict(teacher="mae_base", relations=["qq", "kk", "vv"])
 
 def make_parser(prog, doc, defaults, teacher=False, without=()):
-    """The options of all scripts, perhaps with those of distillation, without those named."""
+    """The options of all scripts, perhaps those of distillation. without: names of unused ones."""
     summary, examples = doc.split("\n\n")[:2]
     parser = argparse.ArgumentParser(prog, description=summary, epilog=examples,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -806,16 +799,17 @@ def run(parser, function, args, *more):  # a user's mistake ends in one line, wi
     except FloatingPointError as error:
         text = f"{error}: lower --blr" + ", or --amp off (fp16 overflows)" * (args.amp == "fp16")
     except (MemoryError, RuntimeError) as error:  # perhaps PyTorch's, about memory or a full disk
-        text = f"{type(error).__name__}: {error}"
-        if not re.search("memory|allocate|inline_container|iostream|new thread|create a primitive|"
-                         "worker \\(pid", text, re.IGNORECASE):
+        text = f"{type(error).__name__} {error}"
+        if not re.search("MemoryError|out of memory|allocate|inline_container|iostream|new thread|"
+                         "create a primitive|worker \\(pid", text):
             raise
-        text = (f"{text.rsplit('Error: ', 1)[-1].splitlines()[0]:.200} (is the disk full? Else halve "
-                "--batch-size and double --accum, or try --workers 0 or docker run --shm-size 8g)")
+        text = text.rsplit("Error: ", 1)[-1].split("\n")[0]  # the last of a worker's traceback
+        text = (f"{text:.200} (is the disk full? Else halve --batch-size and double --accum, or "
+                "try --workers 0 or docker run --shm-size 8g)")
     sys.exit(f"{parser.prog}: error: {text}")
 
 def main(argv=None, build_objective=build):
-    parser = make_parser("tinymim.py", __doc__, DEFAULTS | dict(teacher="mae_base", relations=["qq", "kk", "vv"]), teacher=True)
+    parser = make_parser("tinymim.py", __doc__, DEFAULTS | TEACHING, teacher=True)
     args = parser.parse_args(argv)
     args.out = args.out or os.path.join("runs", args.student)
     run(parser, train, args, build_objective)

@@ -4,7 +4,7 @@
     python tinymim.py --student tiny --teacher runs/my-mae/last.pth --data /path/to/images
 
 Paper: He et al. Masked Autoencoders Are Scalable Vision Learners. CVPR 2022,
-https://arxiv.org/abs/2111.06377. Data, training loop and options are those of tinymim.py.
+https://arxiv.org/abs/2111.06377. Data, training loop and most options are those of tinymim.py.
 """
 
 import math
@@ -16,11 +16,11 @@ from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tinymim
-from tinymim import COUNT, STUDENTS, Block, UserError, ViT, sincos_pos_embed
+from tinymim import COUNT, Block, ViT, sincos_pos_embed
 
-# MAE's. Its updates have 4096 images, and its warm-up is a 20th of the epochs: None.
-RECIPE = dict(epochs=800, warmup_epochs=None, batch_size=256, blr=1.5e-4, min_lr=0.0,
-              weight_decay=0.05, drop_path=0.0, img_size=224)
+# MAE's recipe, for updates of 4096 images. Its rates and its warm-up are those of tinymim.py.
+DEFAULTS = tinymim.DEFAULTS | dict(
+    epochs=800, drop_path=0.0, patch_size=16, mask_ratio=0.75, decoder=[512, 8, 16])
 
 def random_mask(noise, ratio):
     """Hide the share `ratio` of P patches, those with the largest noise (B, P).
@@ -42,8 +42,8 @@ class Decoder(nn.Module):
     def __init__(self, dim, patch_size, grid, width=512, depth=8, heads=16):
         super().__init__()
         if width % 4 or width % heads:
-            raise UserError(f"--decoder: its width, {width}, must be divisible by 4 and by its "
-                            f"{heads} heads")
+            raise ValueError(f"the decoder's width, {width}, must be divisible by 4 and by its "
+                             f"{heads} heads")
         self.embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_pos_embed(width, grid), requires_grad=False)
@@ -72,34 +72,35 @@ def pixel_loss(predicted, images, hidden, normalize=True):
     return (error * hidden).sum() / hidden.sum()
 
 class MAE(nn.Module):
-    """The objective, for TinyMIM's place in the training loop. It sees only the clean view."""
+    """The objective: a batch of uint8 crops (B, 3, H, W) in, {"pixel": loss} out."""
     def __init__(self, student, mask_ratio=0.75, decoder=(512, 8, 16)):
         super().__init__()
-        self.student, self.mask_ratio = student, mask_ratio
         if not 0 < int(student.grid**2 * (1 - mask_ratio)) < student.grid**2:
-            raise UserError(f"a mask ratio of {mask_ratio} leaves nothing to see or to predict")
+            raise ValueError(f"a mask ratio of {mask_ratio} leaves nothing to see or to predict")
+        self.student, self.mask_ratio = student, mask_ratio
         self.decoder = Decoder(student.dim, student.config["patch_size"], student.grid, *decoder)
 
-    def forward(self, jittered, images, noise=None):
-        if noise is None:
-            noise = torch.rand(len(images), self.student.grid**2, device=images.device)
+    def forward(self, crops):
+        images = tinymim.normalize(crops / 255)  # MAE jitters no colours
+        noise = torch.rand(len(images), self.student.grid**2, device=images.device)
+        return self.losses(images, noise)
+
+    def losses(self, images, noise):  # (B, 3, H, W), (B, P): which of the P patches are hidden
         keep, rank = random_mask(noise, self.mask_ratio)
         tokens = self.student.blocks(pick(self.student.embed(images), keep))
         predicted = self.decoder(self.student.norm(tokens), rank)
         return {"pixel": pixel_loss(predicted, images, rank >= keep.shape[1])}
 
 def build(args):
-    dim, depth, heads = STUDENTS[args.student]
-    student = ViT(args.dim or dim, args.depth or depth, args.heads or heads, args.patch_size,
-                  args.img_size, args.drop_path)
+    student = tinymim.new_student(args, args.patch_size, args.img_size or 224)
     return MAE(student, args.mask_ratio, args.decoder)
 
 def main(argv=None):
-    parser = tinymim.make_parser("extras/mae.py", __doc__, RECIPE)
+    parser = tinymim.make_parser("extras/mae.py", __doc__, DEFAULTS)
     add = parser.add_argument
-    add("--patch-size", type=COUNT, default=16, help="in pixels (default: 16)")
-    add("--mask-ratio", type=tinymim.SHARE, default=0.75, help="of the patches (default: 0.75)")
-    add("--decoder", nargs=3, type=COUNT, default=[512, 8, 16], metavar="INT",
+    add("--patch-size", type=COUNT, help="in pixels (default: 16)")
+    add("--mask-ratio", type=tinymim.SHARE, help="of the patches (default: 0.75)")
+    add("--decoder", nargs=3, type=COUNT, metavar="N",
         help="its width, depth and heads (default: 512 8 16)")
     args = parser.parse_args(argv)
     args.out = args.out or os.path.join("runs", f"mae-{args.student}")

@@ -4,8 +4,8 @@
         --imagenet-a FOLDER --imagenet-r FOLDER --imagenet-c FOLDER
 
 Each has a folder of images for each class. -A and -R have 200 of the 1000 classes, and the model
-chooses among those. -C is CORRUPTION/SEVERITY/CLASS, with 15 corruptions in 5 severities. What is
-not named or not there is left out, and said to be.
+chooses among those. -C is CORRUPTION/SEVERITY/CLASS, with 15 corruptions in 5 severities. A
+corruption that is not there is left out, and said to be.
 """
 
 import argparse
@@ -13,13 +13,12 @@ import os
 import sys
 from statistics import mean
 
-import torch
 from torchvision.transforms import v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import finetune
 import tinymim
-from finetune_distilled import load_classifier
+from finetune_with_label_teacher import load_classifier
 from tinymim import COUNT, RANK, UserError
 
 # AlexNet's top-1 error in percent, the mean over five severities: mCE is relative to it.
@@ -52,49 +51,53 @@ def top1(model, args, folder, transform=None):
         return finetune.evaluate(model, paths, labels, args, transform)["top1"]
 
 def evaluate(args):
-    tinymim.setup(args)
+    tinymim.resolve(args)
+    tinymim.start_processes(args)
     tensors, sizes, config = tinymim.read_checkpoint(args.checkpoint, args.heads)
     sizes["img_size"] = args.img_size or sizes["img_size"]
-    model = load_classifier(args, (tensors, sizes, config))
+    model = tinymim.by_options(load_classifier, args, (tensors, sizes, config))
     # ImageNet-C's images are the middles already: nothing is cut off.
     resize = v2.Resize(model.img_size, interpolation=finetune.BICUBIC)
     whole = v2.Compose([resize, v2.CenterCrop(model.img_size)])
-    row, missing, errors = [args.checkpoint], [], {}
-    for folder in (args.imagenet, args.imagenet_a, args.imagenet_r):
-        found = os.path.isdir(folder)
-        row.append(f"{top1(model, args, folder):.1f}" if found else "-")
-        missing += [] if found else [folder]
-    for name in ALEXNET:
+    folders = args.imagenet, args.imagenet_a, args.imagenet_r
+    row = [f"{top1(model, args, folder):.1f}" if folder else "-" for folder in folders]
+    errors = {}
+    for name in ALEXNET if args.imagenet_c else ():
         folders = [os.path.join(args.imagenet_c, name, str(severity)) for severity in range(1, 6)]
-        absent = [folder for folder in folders if not os.path.isdir(folder)]
-        missing += absent[:1]
-        if not absent:
+        said = "left out, as its five folders are not there"
+        if all(map(os.path.isdir, folders)):
             errors[name] = 100 - mean(top1(model, args, folder, whole) for folder in folders)
-            if RANK == 0:
-                print(f"{name}: error {errors[name]:.1f}%, AlexNet's {ALEXNET[name]:.1f}%")
+            said = f"error {errors[name]:.1f}%, AlexNet's {ALEXNET[name]:.1f}%"
+        if RANK == 0:
+            print(f"{name}: {said}")
     ratios = [error / ALEXNET[name] for name, error in errors.items()]
     row += [f"{mean(errors.values()):.1f}", f"{100 * mean(ratios):.1f}"] if errors else ["-", "-"]
     if RANK == 0:
-        print(f"{PAPER}\n| {' | '.join(row)} |\n\n-C has {len(errors)} of its 15 corruptions")
-        print(f"left out: {', '.join(missing) or 'nothing'}")
+        print(f"{PAPER}\n| {args.checkpoint} | {' | '.join(row)} |\n\n"
+              f"-C has {len(errors)} of its 15 corruptions")
+
+def existing(text):  # the type of an option
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return text
 
 def main(argv=None):
-    text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("extras/robustness.py", None, __doc__, formatter_class=text)
+    parser = argparse.ArgumentParser("extras/robustness.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="of finetune.py or finetune_distilled.py")
+    add("--checkpoint", required=True, help="of finetune.py or finetune_with_label_teacher.py")
     for name in ("imagenet", "imagenet-a", "imagenet-r", "imagenet-c"):
-        add(f"--{name}", metavar="FOLDER", default=f"--{name}")  # so it is listed as left out
+        add(f"--{name}", metavar="FOLDER", type=existing)
     add("--class-names", metavar="FOLDER", help="of class folders, if the checkpoint tells none")
     add("--img-size", type=COUNT, help="in pixels (default: the checkpoint's)")
     add("--heads", type=COUNT, help="attention heads, if the checkpoint does not tell")
     add("--batch-size", type=COUNT, default=128)
     add("--workers", type=tinymim.between(int, 0), help="image decoders (default: by the cores)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cuda", "mps", "cpu"), default=device)
+    add("--device", choices=("cuda", "mps", "cpu"), default=tinymim.DEFAULTS["device"])
     add("--amp", choices=("auto", *tinymim.DTYPES), default="auto")
-    # What else tinymim.setup and finetune.build read.
-    parser.set_defaults(out=None, resume=False, seed=0, warmup_epochs=0, accum=1, drop_path=0.0)
+    # What else tinymim.resolve and finetune.new_classifier read.
+    parser.set_defaults(out=None, resume=False, seed=0, epochs=1, warmup_epochs=0, accum=1,
+                        compile=False, drop_path=0.0)
     tinymim.run(parser, evaluate, parser.parse_args(argv))
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@
 --data is ade20k (downloaded to data/, 1 GB) or a folder in its format, {images,annotations}/
 {training,validation}. Label maps are PNGs, one byte a pixel: 0 is ignored, 1 is the first class.
 The recipe is the authors', with mmsegmentation 0.11 (52.47 mIoU in their log for B, 45.0 for *-T).
-TinyMIM*-T, theirs or from finetune_distilled.py --star, is known by its parameters' names.
+TinyMIM*-T, theirs or from finetune_with_label_teacher.py --star, is known by its parameters' names.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -69,9 +68,11 @@ class Attention(tinymim.Attention):
         return self.proj(x.transpose(1, 2).flatten(2))  # of (B, heads, N, D/heads)
 
 class Block(tinymim.Block):
-    """With layer scale: a factor for each channel of a branch. It starts without effect."""
-    def __init__(self, dim, heads, drop_path):
-        super().__init__(dim, heads, drop_path)
+    """With the attention above, and layer scale: a factor for each channel of a branch. Both start
+    without effect."""
+    def __init__(self, dim, heads, grid, others):
+        super().__init__(dim, heads)
+        self.attn = Attention(dim, heads, grid, others)
         self.gamma_1, self.gamma_2 = (nn.Parameter(torch.ones(dim)) for _ in range(2))
 
     def forward(self, x):
@@ -113,23 +114,20 @@ class Segmenter(ViT):
     """A ViT, a neck that makes four maps of its tokens, UPerNet, and an auxiliary head. The maps
     come out of blocks 4, 6, 8 and 12 of 12, or at 1/3, 1/2, 2/3 and all of another depth.
     distilled: with a distillation token. star_dim: the width of TinyMIM*-T's last layer, or 0."""
-    def __init__(self, dim, depth, heads, patch_size=16, img_size=512, relation_heads=None,
-                 num_classes=150, channels=768, relative_bias=True, layer_scale=True,
-                 distilled=False, star_dim=0, drop_path=0.1):
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        super().__init__(dim, depth, heads, patch_size, img_size, rates, relation_heads)
+    def __init__(self, dim, depth, heads, patch_size=16, img_size=512, num_classes=150,
+                 channels=768, distilled=False, star_dim=0, drop_path=0.1):
+        super().__init__(dim, depth, heads, patch_size, img_size)
         self.config |= dict(num_classes=num_classes, channels=channels, distilled=distilled,
-                            relative_bias=relative_bias, layer_scale=layer_scale, star_dim=star_dim)
+                            star_dim=star_dim)
         self.taps = [max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
         self.pos_embed.requires_grad_(True)
         self.others = 1 + distilled  # tokens before the patches
         if distilled:  # finetune.parameter_groups knows no such name: it learns at the full rate
             self.distillation_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        if layer_scale:
-            self.blocks = nn.Sequential(*[Block(dim, heads, rate) for rate in rates])
-        for block in self.blocks if relative_bias else ():
-            block.attn = Attention(dim, heads, self.grid, self.others)
-        self.blocks.apply(self.init_weights)
+        blocks = [Block(dim, heads, self.grid, self.others) for _ in range(depth)]
+        for i, block in enumerate(blocks):
+            block.drop_path.p = drop_path * i / max(depth - 1, 1)
+        self.blocks = nn.Sequential(*blocks).apply(self.init_weights)
         middle, width = (2 * dim, 4 * dim) if star_dim else (dim, dim)
         widths = (dim, middle), (middle, width), (dim, width)
         up = [nn.ConvTranspose2d(*pair, kernel_size=2, stride=2) for pair in widths]
@@ -160,9 +158,16 @@ class Segmenter(ViT):
     def forward(self, images):  # to logits (B, num_classes, 4 * grid, 4 * grid)
         return self.decoder(self.features(images))
 
-class Supervised(finetune.Supervised):
-    """The objective: images (B, 3, H, H) and labels (B, H, H) to each head's cross-entropy."""
-    def forward(self, images, labels):
+class Supervised(nn.Module):
+    """The objective: uint8 crops (B, 3, H, H), labels (B, H, H) to each head's cross-entropy."""
+    def __init__(self, model):
+        super().__init__()
+        self.student = model
+
+    def forward(self, crops, labels):
+        return self.losses(tinymim.normalize(crops / 255), labels)
+
+    def losses(self, images, labels):
         def loss(logits):  # ignored pixels count as 0 in the mean, as in mmsegmentation
             logits, target = resize(logits.float(), labels.shape[1:]), labels.long()
             return F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none").mean()
@@ -173,7 +178,7 @@ class Supervised(finetune.Supervised):
 def rename_star(tensors):
     """A checkpoint with a distillation token, perhaps TinyMIM*-T, under a Segmenter's names."""
     tensors = {name.replace("conv1x1.0.", "norm.").replace("conv1x1.1.", "pre_head.0."): tensor
-               for name, tensor in tensors.items()}  # to finetune_distilled.py's names
+               for name, tensor in tensors.items()}  # to finetune_with_label_teacher.py's
     token, positions = tensors.pop("dist_token"), tensors["pos_embed"]
     if int((positions.shape[1] - 2)**0.5)**2 == positions.shape[1] - 2:
         # As in DeiT, it has a position embedding. Only the sum of the two is ever used.
@@ -184,25 +189,23 @@ def rename_star(tensors):
 def build(args, checkpoint):
     """A Segmenter that starts from what finetune.settle() read or, with --eval, is just that."""
     tensors, sizes, config = checkpoint
-    if args.eval and "channels" not in config:
+    known = config if args.eval else vars(args)
+    names = {"img_size", "num_classes", "channels"}
+    if not names <= known.keys():
         raise UserError(f"{args.checkpoint} is not a checkpoint of this script: train it first")
-    if args.eval and sizes["img_size"] != config["img_size"]:
-        raise UserError(f"{args.checkpoint} has --img-size {config['img_size']}: leave that out")
-    if not args.eval:
-        tensors = rename_star(tensors) if "dist_token" in tensors else tensors
-        star_dim = len(tensors.get("pre_head.0.bias", ()))
-        if star_dim and not (config or args.heads):
-            sizes["heads"] = 12
-            print("No, 12: this is TinyMIM*-T")
-        kind = ("num_classes", "channels", "relative_bias", "layer_scale", "drop_path")
-        config = sizes | {name: getattr(args, name) for name in kind}
-        config |= dict(distilled="distillation_token" in tensors, star_dim=star_dim)
-    model = Segmenter(**config)
-    if tensors:
+    tensors = rename_star(tensors) if "dist_token" in tensors else tensors
+    star_dim = len(tensors.get("pre_head.0.bias", ()))
+    if star_dim and not (config or args.heads):
+        sizes["heads"] = 12
+        print("No, 12: this is TinyMIM*-T")
+    model = Segmenter(**sizes | {name: known[name] for name in names}, star_dim=star_dim,
+                      distilled="distillation_token" in tensors, drop_path=args.drop_path)
+    if tensors and not args.eval:
         own = model.state_dict()
         heads = {n: t for n, t in own.items() if n.startswith(("neck", "decoder", "auxiliary"))}
         neutral = {n: t for n, t in own.items() if n.endswith(("_table", "gamma_1", "gamma_2"))}
-        tensors = heads | tensors if args.eval else neutral | tensors | heads
+        tensors = neutral | tensors | heads
+    if tensors:
         tinymim.load_weights(model, tensors, args.checkpoint)
     return model
 
@@ -211,14 +214,13 @@ def build(args, checkpoint):
 def ade20k(root="data"):
     """The folder of ADE20K, downloaded the first time."""
     folder = os.path.join(root, "ADEChallengeData2016")
-    if tinymim.must_fetch(folder):
+    if not os.path.isdir(folder):
         os.makedirs(root, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as partial:  # `folder` appears when it is whole
-            try:
-                download_and_extract_archive(ADE20K, partial)
-            except Exception as error:  # of the network, the server, the archive
-                raise UserError(f"cannot download {ADE20K} ({error})") from error
-            os.replace(os.path.join(partial, "ADEChallengeData2016"), folder)
+        with (tempfile.TemporaryDirectory(dir=root) as partial,  # `folder` appears when it is whole
+              tinymim.explained(f"cannot download {ADE20K}")):
+            download_and_extract_archive(ADE20K, partial)
+            if not os.path.isdir(folder):  # else another process was faster
+                os.rename(os.path.join(partial, "ADEChallengeData2016"), folder)
     return folder
 
 def saturate(image, factor):  # in HSV, where it is 1 - min/max of a pixel's colours, at most 1
@@ -274,10 +276,8 @@ class SegmentationDataset(tinymim.ImageDataset):
         index = self.order[int(key) % len(self.order)] if self.items else key
         photo = tinymim.decode(os.fsdecode(self.paths[index]))
         label_path = os.fsdecode(self.label_paths[index])
-        try:
+        with tinymim.explained(f"cannot read {label_path}"):
             labels = torch.from_numpy(np.array(Image.open(label_path)))
-        except Exception as error:  # Pillow raises many types
-            raise UserError(f"cannot read {label_path} ({error})") from error
         size, most = tuple(photo.shape[1:]), self.num_classes
         if labels.dtype != torch.uint8 or labels.shape != size or labels.max() > most:
             raise UserError(f"{label_path} is not {size} bytes of 0 to --num-classes {most}")
@@ -286,7 +286,7 @@ class SegmentationDataset(tinymim.ImageDataset):
             return self.transform(photo), labels
         pair = tv_tensors.Image(photo), tv_tensors.Mask(labels)  # a mask is not blended
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(hash((self.seed, int(key))))
+            torch.default_generator.manual_seed(tinymim.seed_from(self.seed, int(key)))
             return tuple(x.as_subclass(torch.Tensor) for x in augment(*pair, self.size))
 
 # ---- 3. Evaluation ------------------------------------------------------------------------------
@@ -361,10 +361,12 @@ def parameter_groups(model, weight_decay, layer_decay):
             for layer in layers for is_matrix in (True, False)]
 
 def train(args):
+    layer_decay = args.layer_decay  # settle() would take that of classification
     checkpoint = finetune.settle(args)
-    tinymim.setup(args)
+    tinymim.resolve(args)
+    tinymim.start_processes(args)
     folder = ade20k() if args.data == "ade20k" else args.data
-    model = build(args, checkpoint).to(args.device)
+    model = tinymim.by_options(build, args, checkpoint).to(args.device)
     num_classes, size = model.config["num_classes"], model.img_size
     validation = SegmentationDataset(folder, "validation", num_classes, size)
     if args.eval:
@@ -373,49 +375,45 @@ def train(args):
             print(*(f"class {i:3}  IoU {value:6.2f}" for i, value in enumerate(iou, 1)), sep="\n")
             print("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
         return
-    if not args.layer_decay:
-        scratch, star = args.checkpoint == "none", model.config["star_dim"]
-        args.layer_decay = 1.0 if scratch else 0.8 if star else 0.75
+    usual = 1.0 if args.checkpoint == "none" else 0.8 if model.config["star_dim"] else 0.75
+    args.layer_decay = layer_decay or usual
     if min(args.batch_size, model.grid) < 2:
         raise UserError("batch norm and pooling need --batch-size 2 and 2 patches a side at least")
     images = args.eval_every * args.images_per_update  # in what fit calls an epoch
     dataset = SegmentationDataset(folder, "training", num_classes, size, args.seed, images)
+    args.photos = len(dataset.paths)  # --resume compares it
     dataset[0], validation[0]  # what is wrong with all label maps should not show after hours
     if WORLD > 1 and args.device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-    tinymim.fit(Supervised(model, args), dataset,
-                lambda images, labels: (tinymim.normalize(images / 255), labels),
-                torch.optim.AdamW(groups, fused=args.device == "cuda"), args,
+    optimizer = torch.optim.AdamW(groups, fused=args.device == "cuda")
+    tinymim.fit(Supervised(model), dataset, optimizer, args,
                 lambda epoch: evaluate(model, validation, args)[0], schedule=linear)
 
 def main(argv=None):
-    parser = tinymim.make_parser("extras/segment.py", __doc__, dict(batch_size=16, blr=1.6e-3,
-        min_lr=0.0, weight_decay=0.05, drop_path=0.1, student=None, layer_decay=0,  # 0: see train()
-        augment="crop"))  # finetune.py asks for it: no label smoothing
-    # resolve: what is added here takes the place of tinymim.py's
-    add = parser.add_argument_group("segmentation", conflict_handler="resolve").add_argument
+    defaults = tinymim.DEFAULTS | dict(
+        data="ade20k", batch_size=16, blr=1.6e-3, iterations=160000, warmup_iterations=1500,
+        eval_every=16000, channels=768, num_classes=150,
+        student=None, augment="mmsegmentation's")  # for finetune.settle(): it is no option here
+    parser = tinymim.make_parser("extras/segment.py", __doc__, defaults,
+                                 without=("epochs", "warmup_epochs", "img_size"))
+    add = parser.add_argument_group("segmentation").add_argument
     add("--checkpoint", required=True, help="a file, mae_base..., or none: train from scratch")
-    add("--data", default="ade20k", help="a folder (default: ade20k, downloaded)")
-    add("--img-size", type=COUNT, help="in pixels, in training (default: 512)")
+    add("--img-size", type=COUNT, default=512, help="in pixels, in training (default: 512)")
     add("--patch-size", type=COUNT, help="in pixels, with --checkpoint none")
-    add("--epochs", "--warmup-epochs", choices=["--iterations"], help=argparse.SUPPRESS)
-    add("--iterations", type=COUNT, default=160000, help="default: 160000")
-    add("--warmup-iterations", type=between(int, 0), default=1500, help="default: 1500")
-    add("--eval-every", type=COUNT, default=16000, help="default: 16000. It also saves")
+    add("--iterations", type=COUNT, help="default: 160000")
+    add("--warmup-iterations", type=between(int, 0), help="default: 1500")
+    add("--eval-every", type=COUNT, help="default: 16000. It also saves")
     add("--layer-decay", type=between(float, 0.01, 1), help="0.75, TinyMIM*-T 0.8, from scratch 1")
-    add("--channels", type=COUNT, default=768, help="width of UPerNet (default: 768)")
-    add("--num-classes", type=between(int, 1, 255), default=150, help="but 0 (default: 150)")
-    for name in ("--relative-bias", "--layer-scale"):
-        add(name, action=argparse.BooleanOptionalAction, default=True, help="default: with it")
+    add("--channels", type=COUNT, help="width of UPerNet (default: 768)")
+    add("--num-classes", type=between(int, 1, 255), help="but 0 (default: 150)")
     add("--eval", action="store_true", help="only evaluate a checkpoint of this script")
-    args = parser.parse_args(argv)
+    used = "eval checkpoint data workers device amp".split()
+    args = finetune.parse(parser, argv, "-segmented", used)
     if args.iterations % args.eval_every or args.iterations <= args.warmup_iterations:
         parser.error("--iterations: a multiple of --eval-every, and more than --warmup-iterations")
-    args.img_size = args.img_size or (None if args.eval else 512)
     args.epochs = args.iterations // args.eval_every
     args.warmup_epochs = args.warmup_iterations / args.eval_every
-    args.out = finetune.folder_of_run(args, "-segmented")
     tinymim.run(parser, train, args)
 
 if __name__ == "__main__":

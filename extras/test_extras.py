@@ -1,4 +1,4 @@
-"""Tests of what is in extras/: python -m pytest
+"""Tests of mae.py, targets.py, robustness.py and finetune_with_label_teacher.py: python -m pytest
 
 MAE's golden numbers were computed in float64 by its authors' code, on weights that a formula fills.
 """
@@ -9,44 +9,32 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are for the CPU
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
-import multiprocessing
-import shutil
 import subprocess
 import sys
-import time
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import datasets
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-import content
-import data
 import finetune
-import finetune_distilled
+import finetune_with_label_teacher as label_teacher
 import mae
-import parallel
 import robustness
 import shapes
-import study
 import targets
 import tinymim
-from test_tinymim import SMALL, WIDER, args_of, fails, fill, filled, load, refused, same
-from tinymim import ImageDataset, ViT, relation_loss
+from test_tinymim import (
+    QUICK, SMALL, WIDER, args_of, fails, fill, filled, load, refused, same)
+from test_tinymim import own_folder  # a fixture: every test has an empty folder
+from tinymim import ViT, relation_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # leaving torchvision
-
-@pytest.fixture(autouse=True)
-def usual_functions(monkeypatch):
-    """The study and the demo put others in their place: undo that after each test."""
-    usual = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", usual)
-    monkeypatch.setattr(tinymim, "decode", tinymim.decode)
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
@@ -92,6 +80,7 @@ def stopped(main, options, epoch):
 
 # ---- MAE ----------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_golden_mae():
     """Both losses, the latent, the prediction, and which patches are hidden."""
     objective = mae.MAE(ViT(768, 12, 12), 0.75, (512, 8, 16))
@@ -118,7 +107,7 @@ def test_golden_mae():
              [1.0195772945072776, -0.6500561337543378, -0.0763281080008, -1.8124896853005]),
         ]:
             assert token[:4].tolist() == pytest.approx(expected, abs=1e-9)
-        loss = objective(None, images, noise)["pixel"]
+        loss = objective.losses(images, noise)["pixel"]
         raw = mae.pixel_loss(predicted, images, rank >= 49, normalize=False)
     assert loss.item() == pytest.approx(2.101066305076665, abs=1e-9)
     assert raw.item() == pytest.approx(2.437229215615145, abs=1e-9)
@@ -132,49 +121,48 @@ def test_random_mask_and_pick_bring_every_patch_back_to_its_place():
     same(mae.pick(by_noise, rank), tokens)
     same(mae.pick(tokens, keep), by_noise[:, :5])
 
-@pytest.mark.parametrize("ratio", [0, 0.99, 1])
-def test_a_mask_ratio_that_leaves_nothing(ratio):
-    refused("leaves nothing", mae.MAE, ViT(**SMALL), ratio)
+def test_mae_sees_clean_crops_under_a_random_mask():
+    objective = mae.MAE(ViT(**SMALL), 0.75, (16, 1, 2)).eval()
+    crops = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.manual_seed(0)
+    first, second = objective(crops), objective(crops)
+    torch.manual_seed(0)
+    same(first, objective.losses(tinymim.normalize(crops / 255), torch.rand(2, 16)))
+    assert first != second
 
-@pytest.mark.parametrize("decoder", [(24, 1, 5), (18, 1, 3)])
-def test_a_decoder_that_does_not_split(decoder):
-    refused("divisible by 4 and by its", mae.MAE, ViT(**SMALL), 0.75, decoder)
+def test_masks_and_decoders_that_do_not_fit():
+    for ratio, decoder, says in ((0, (16, 1, 2), "nothing"), (0.99, (16, 1, 2), "nothing"),
+                                 (0.75, (24, 1, 5), "5 heads"), (0.75, (18, 1, 3), "by 4")):
+        refused(says, mae.MAE, ViT(**SMALL), ratio, decoder, error=ValueError)
 
-def test_maes_recipe_and_ranges(capsys):
-    """Warm-up of None is a 20th of the epochs in the training loop."""
-    args = vars(args_of(mae))
-    recipe = dict(epochs=800, warmup_epochs=None, blr=1.5e-4, min_lr=0, weight_decay=0.05,
-                  drop_path=0, mask_ratio=0.75, decoder=[512, 8, 16], script="extras/mae.py")
-    assert args | recipe == args
-    objective = mae.build(argparse.Namespace(**args))
-    assert objective.student.config == ViT(192, 12, 3).config
-    for option in ("--mask-ratio=1.5", "--patch-size=0"):
+def test_maes_student_is_that_of_the_options(capsys):
+    objective = mae.build(args_of(mae, "--student=small", "--depth=2", "--patch-size=32"))
+    assert objective.student.config == ViT(384, 2, 6, 32).config
+    assert not any(block.drop_path.p for block in objective.student.blocks)
+    for option, says in (("--mask-ratio=1.5", "is not between"), ("--patch-size=0", "between"),
+                         ("--teacher=mae_base", "unrecognized")):
         refused("^2$", mae.main, [option], error=SystemExit)
-        assert "is not between" in capsys.readouterr().err
+        assert says in capsys.readouterr().err
 
-def test_mae_then_distillation_then_finetuning(pictures, tmp_path):
+def test_mae_then_distillation_then_finetuning(pictures):
     """A teacher of one's own. A resumed run is the uninterrupted one, decoder and masks too."""
-    common = ["--data", str(pictures), "--batch-size", "8", "--workers", "0", "--device", "cpu"]
-    pretrain = ["--dim", "24", "--depth", "3", "--heads", "2", "--patch-size", "8", "--img-size",
-                "32", "--decoder", "16", "1", "2", "--blr", "0.01", "--warmup-epochs", "0.5",
-                "--epochs", "3", *common]
-    mae.main([*pretrain, "--out", str(tmp_path / "mae")])
-    saved = load(tmp_path / "mae")
+    common = [*QUICK, f"--data={pictures}"]
+    pretrain = ["--dim=24", "--depth=3", "--heads=2", "--patch-size=8", "--img-size=32",
+                *"--decoder 16 1 2 --blr=0.01 --warmup-epochs=0.5".split(), *common]
+    mae.main([*pretrain, "--out=mae"])
+    saved = load("mae")
     assert saved["history"][-1]["pixel"] < saved["history"][0]["pixel"]
     assert saved["model"].keys() == ViT(**SMALL).state_dict().keys()
     assert "decoder.pred.weight" in saved["objective"]
+    assert saved["config"] == ViT(**SMALL).config | {"pretraining": "MAE"}
+    stopped(mae.main, [*pretrain, "--out=again"], epoch=3)
+    mae.main([*pretrain, "--out=again", "--resume"])
+    same(load("again")["objective"], saved["objective"])
 
-    again = [*pretrain, "--out", str(tmp_path / "again")]
-    stopped(mae.main, again, epoch=3)
-    mae.main([*again, "--resume"])
-    same(load(tmp_path / "again")["objective"], saved["objective"])
-
-    tinymim.main(["--student", "nano", "--dim", "12", "--heads", "2", "--epochs", "1", *common,
-                  "--teacher", str(tmp_path / "mae" / "last.pth"),
-                  "--out", str(tmp_path / "small")])
-    finetune.main(["--checkpoint", str(tmp_path / "small" / "last.pth"), "--epochs", "1", *common,
-                   "--out", str(tmp_path / "tuned")])
-    assert 0 <= load(tmp_path / "tuned")["history"][0]["top1"] <= 100
+    tinymim.main([*common, "--student=nano", "--dim=12", "--heads=2", "--epochs=1", "--out=small",
+                  "--teacher=mae/last.pth"])
+    finetune.main([*common, "--checkpoint=small/last.pth", "--epochs=1", "--out=tuned"])
+    assert load("tuned")["config"]["pretraining"] == "TinyMIM"
 
 # ---- Other targets ------------------------------------------------------------------------------
 
@@ -186,13 +174,13 @@ def test_class_token():
     p = teacher(clean)[:, 0].float().softmax(-1).double()
     q = mapped.float().softmax(-1).double()
     expected = (p * (p / q).log()).sum(-1).mean()
-    assert objective(seen, clean)["cls"].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert objective.losses(seen, clean)["cls"].item() == pytest.approx(expected.item(), abs=1e-6)
 
 @pytest.mark.parametrize("name", targets.FEATURES)
 def test_features(name):
     """Smooth-L1 with beta 2 to what a block of the teacher makes, normalised, spelt out."""
     student, teacher, seen, clean = networks()
-    objective = targets.Feature(student, teacher, name, block=3).double()
+    objective = targets.Feature(student, teacher, name, 3).double()
     x = teacher.embed(clean)
     for block in teacher.blocks[:2]:
         x = block(x)
@@ -208,13 +196,14 @@ def test_features(name):
     mapped = student(seen) @ objective.map.weight.T + objective.map.bias
     difference = (mapped - torch.cat(target, -1)).abs()
     expected = torch.where(difference < 2, difference**2 / 4, difference - 1).mean()
-    assert objective(seen, clean)["feature"].item() == pytest.approx(expected.item(), abs=1e-6)
+    loss = objective.losses(seen, clean)["feature"]
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_relations_without_softmax(bf16):
     student, teacher, seen, clean = networks()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        losses = targets.LogitRelation(student, teacher, 3, 4, ("qk", "vv"))(seen, clean)
+        losses = targets.LogitRelation(student, teacher, 3, 4, ("qk", "vv")).losses(seen, clean)
         networks_qkv = ((student.qkv_at(seen, 3), 6), (teacher.qkv_at(clean, 3), 12))
     assert losses.keys() == {"qk", "vv"}
     for pair, (i, j) in {"qk": (0, 1), "vv": (2, 2)}.items():
@@ -228,9 +217,11 @@ def test_relations_without_softmax(bf16):
 
 def test_masked_relation_is_the_relation_of_the_visible_tokens():
     student, teacher, seen, clean = networks()
-    noise = torch.rand(2, 16)
     objective = targets.MaskedRelation(student, teacher, 3, 4, mask_ratio=0.5)
-    keep, _ = mae.random_mask(noise, 0.5)
+    torch.manual_seed(1)
+    losses = objective.losses(seen, clean)
+    torch.manual_seed(1)
+    keep, _ = mae.random_mask(torch.rand(2, 16), 0.5)
     qkv = []
     for vit, images in ((student, seen), (teacher, clean)):
         patches = vit.patch_embed["proj"](images).flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
@@ -242,287 +233,85 @@ def test_masked_relation_is_the_relation_of_the_visible_tokens():
         block = vit.blocks[2]
         qkv.append(block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1))
     assert qkv[0][0].shape == (2, 9, 24)
-    same(objective(seen, clean, noise), relation_loss(*qkv, 4))
+    same(losses, relation_loss(*qkv, 4, objective.pairs))
 
-def target_options(teacher, *options):
-    return ["--student", "nano", "--dim", "24", "--heads", "2", "--teacher", str(teacher),
-            "--device", "cpu", *options]
+@pytest.fixture
+def options(pictures, teacher_file):
+    """Of a distillation of half a second, into run/. Later ones overrule these."""
+    return [*QUICK, "--student=nano", "--dim=24", "--heads=2", f"--teacher={teacher_file}",
+            "--blr=0.02", f"--data={pictures}", "--out=run"]
 
-OPTIONS = [["--target", name] for name in ("relation", "logit", "cls", *targets.FEATURES)] + [
-    ["--mask-ratio", "0.5"], ["--mask-ratio", "0.5", "--mae"], ["--target", "cls", "--mae"]]
+KINDS = {"relation": "TinyMIM", "logit": "LogitRelation", "cls": "ClassToken"}
+KINDS |= dict.fromkeys(targets.FEATURES, "Feature")
+MAE = "--mae --decoder 16 1 2"
 
-@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
-def test_every_target_trains(options, pictures, teacher_file, tmp_path, capsys):
-    """From the command line. Relations leave the end of the last block untrained, and say so in the
-    config: there is no such entry where the whole student is trained."""
-    targets.main(target_options(
-        teacher_file, "--blr", "0.02", "--data", str(pictures), "--batch-size", "8", "--workers",
-        "0", "--epochs", "4", "--decoder", "16", "1", "2", "--out", str(tmp_path), *options))
-    saved = load(tmp_path)
-    losses = [record["loss"] for record in saved["history"]]
-    assert losses[-1] < losses[0]
+@pytest.mark.parametrize("target", [f"--target={name}" for name in KINDS] + [
+    "--mask-ratio=0.5", f"--mask-ratio=0.5 {MAE}", f"--target=cls {MAE}"])
+def test_every_target_trains(target, options):
+    """From the command line. Relations alone leave the end of the last block as it was. The config
+    says how the student was trained."""
+    options += target.split()
+    targets.main(options)
+    saved, args = load("run"), args_of(targets, *options)
+    assert saved["history"][-1]["loss"] < saved["history"][0]["loss"]
     names = {part for name in saved["objective"] for part in name.split(".")}
     assert "student" in names and "teacher" not in names
-    partly = "--mae" not in options and not {"cls", *targets.FEATURES} & {*options}
-    assert saved["config"]["relation_heads"] == (4 if partly else 0)
-    untrained = [line for line in capsys.readouterr().out.splitlines() if "no loss reaches" in line]
-    assert len(untrained) == partly
-    assert all("student.blocks.3.mlp.fc1" in line for line in untrained)
+    start = targets.build(args).student.state_dict()
+    changed = {name for name, tensor in saved["model"].items() if not tensor.equal(start[name])}
+    end = {"blocks.3.mlp.fc1.weight", "blocks.3.attn.proj.bias", "norm.weight"}
+    relations = args.target in targets.RELATIONS
+    assert end & changed == (set() if relations and not args.mae else end)
+    assert changed >= {"cls_token", "blocks.3.attn.qkv.weight"} and "pos_embed" not in changed
+    kind = "MaskedRelation" if args.mask_ratio else KINDS[args.target]
+    assert saved["config"]["pretraining"] == ("WithMAE" if args.mae else kind)
+    assert saved["config"]["relation_heads"] == (4 if relations else None)
 
-def test_a_resumed_run_with_another_target_is_the_uninterrupted_one(
-        pictures, teacher_file, tmp_path):
-    options = target_options(
-        teacher_file, "--target", "qkv", "--mae", "--data", str(pictures), "--batch-size", "8",
-        "--workers", "0", "--epochs", "2", "--decoder", "16", "1", "2")
-    targets.main([*options, "--out", str(tmp_path / "whole")])
-    part = [*options, "--out", str(tmp_path / "part")]
-    stopped(targets.main, part, epoch=2)
-    targets.main([*part, "--resume"])
-    same(load(tmp_path / "part")["objective"], load(tmp_path / "whole")["objective"])
-    other = [*part, "--resume", "--target", "ffn"]
-    fails(targets.main, other, "has a run with --target qkv, not ffn")
+def test_a_resumed_run_with_another_target_is_the_uninterrupted_one(options):
+    options += MAE.split()
+    targets.main([*options, "--out=whole"])
+    stopped(targets.main, options, epoch=3)
+    options.append("--resume")
+    targets.main(options)
+    same(load("run")["objective"], load("whole")["objective"])
+    for other in ("--target=logit", "--relation-heads=2", "--relation-heads=12"):
+        name = other.split("=")[0].strip("-").replace("-", "_")
+        fails(targets.main, [*options, other], f"has a run with {name} ")
 
-def test_which_block_teaches(teacher_file):
+def test_which_block_teaches(options):
     """That of the options. By default the last where the networks are as deep, else that at 3/4;
     for the output always the last."""
-    for options, block in (([], 4), (["--depth=3"], 3), (["--depth=3", "--target=ffn"], 3),
-                           (["--depth=3", "--target=output"], 4),
-                           (["--target=output", "--teacher-block=2"], 2),  # and no relation heads:
-                           (["--target=output", "--dim=32", "--teacher-heads=3"], 4)):
-        objective = targets.build(args_of(targets, *target_options(teacher_file, *options)))
+    for more, block in (("", 4), ("--depth=3", 3), ("--depth=3 --target=ffn", 3),
+                        ("--depth=3 --target=output", 4), ("--target=ffn --teacher-block=2", 2),
+                        ("--target=ffn --dim=32 --teacher-heads=3", 4)):  # no relation heads
+        objective = targets.build(args_of(targets, *options, *more.split()))
         is_feature = isinstance(objective, targets.Feature)
-        found = objective.block if is_feature else objective.teacher_block
-        assert found == block, options
+        assert (objective.block if is_feature else objective.teacher_block) == block, more
 
-def test_drop_path_of_the_teacher(teacher_file):
-    """It acts in training only, and only if it is asked for."""
+@pytest.mark.parametrize("target", ["--target=logit", "--target=cls", "--target=output --mae"])
+def test_the_teacher_is_in_eval_mode_and_drops_paths_only_if_asked(target, options):
     images = torch.randn(8, 3, 32, 32)
-    for options, rate in (([], 0.0), (["--teacher-drop-path", "0.3", "--target", "cls"], 0.3)):
-        args = args_of(targets, *target_options(teacher_file, *options))
-        objective = targets.build(args)
-        assert [block.drop_path.p for block in objective.teacher.blocks] == [rate] * 4
-        assert [block.drop_path.p for block in objective.student.blocks] == [0.1] * 4
-        teacher = objective.train().teacher
-        torch.manual_seed(0)
+    for rate in (0, 0.3):
+        args = args_of(targets, *options, f"--teacher-drop-path={rate}", *target.split())
+        objective = targets.build(args).train()
+        teacher = objective.teacher
+        assert objective.student.training and not any(m.training for m in teacher.modules())
+        assert not any(parameter.requires_grad for parameter in teacher.parameters())
         assert torch.equal(teacher(images), teacher(images)) == (rate == 0)
-        teacher.eval()
-        assert torch.equal(teacher(images), teacher(images))
 
-def test_what_targets_do_not_take(teacher_file, pictures, tmp_path, capsys):
-    common = ["--data", str(pictures), "--out", str(tmp_path / "x")]
-    options = target_options(teacher_file, *common)
-    fails(targets.main, [*options, "--target", "cls", "--mask-ratio", "0.5"],
-          "goes with --target relation")
-    fails(targets.main, [*options, "--target", "cls", "--teacher-block", "1"], "leave out")
-    fails(targets.main, [*options, "--mask-ratio", "1"], "leaves no relations")
-    for option in ("--mask-ratio=-0.1", "--teacher-drop-path=2"):
-        refused("^2$", targets.main, [*options, option], error=SystemExit)
-        assert "is not between 0 and 1" in capsys.readouterr().err
-
-# ---- The study, the demo, the benchmark ---------------------------------------------------------
-
-def test_splits_share_no_photo_and_end_at_the_right_ones(pictures, tmp_path):
-    assert data.link_splits(str(pictures), str(tmp_path)) == 40
-
-    def photos(part):
-        found = tinymim.find_images(str(tmp_path / "data" / part))
-        return {os.path.realpath(os.fsdecode(path)) for path in found}
-
-    few, held_out = photos("tune/train"), photos("tune/val")
-    assert few == photos("few/train") and len(few) == len(held_out) == 10 and not few & held_out
-    test_photos = {str(path) for path in pictures.glob("val/*/*")}
-    assert photos("few/val") == photos("all/val") == test_photos
-    assert photos("all/train") == {str(path) for path in pictures.glob("train/*/*")}
-    assert data.link_splits(str(pictures), str(tmp_path)) == 40  # once more
-    other = shutil.copytree(pictures, tmp_path / "other")
-    refused("is of other photos", data.link_splits, str(other), str(tmp_path))
-    photo = sorted(other.glob("train/*/*"))[0]
-    (photo.parent / "more").mkdir()
-    shutil.copy(photo, photo.parent / "more")
-    again = str(tmp_path / "again")
-    refused("two photos have the same name", data.link_splits, str(other), again)
-    shutil.rmtree(other / "val" / photo.parent.name)
-    refused("different classes", data.link_splits, str(other), again)
-
-def test_cifar10_as_files_and_a_missing_folder(tmp_path, monkeypatch):
-    photos = datasets.FakeData(8, (3, 8, 8), num_classes=2)
-    photos.classes = ["cat", "dog"]
-    monkeypatch.setattr(datasets, "CIFAR10", lambda *_, **options: photos)
-    assert data.link_splits(data.cifar10(str(tmp_path)), str(tmp_path / "out")) == 8
-    options = ["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out")]
-    says = "should hold a folder of images for each class"
-    fails(study.main, [*options, "--teacher", "new"], says)
-
-def test_attention_on_a_cpu_is_the_usual():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 17, 8, dtype=torch.float64)
-    usual = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    same(data.attention(q, k, v), usual, atol=1e-12)
-    data.set_up_cpu()
-    vit, images = ViT(**SMALL), torch.randn(1, 3, 32, 32)
-    with patch("math.sqrt", return_value=1.0):  # it is this attention that runs
-        changed = vit(images)
-    assert not changed.allclose(vit(images))
-
-def test_tables_compare_with_the_first_row(capsys):
-    found = {"few/--relations qk vv/0": 70.0, "few/--relations qk vv/1": 72.0, "few//0": 73.0,
-             "few/--target cls/0": 60.0, "few/--target cls --mae/0": 99.0}
-    study.print_tables({key: {"top1": value} for key, value in found.items()}, ["T8"])
-    lines = capsys.readouterr().out.splitlines()[3:]
-    rows = dict(line.strip("| ").partition(" | ")[::2] for line in lines)
-    assert rows["relation (qk vv)"] == "75.8 | 71.0 ± 1.4"
-    assert rows["relation (qq kk vv)"] == " | 73.0 (+3.0)"  # of seed 0
-    assert rows["class token"] == "70.6 (-5.2) | 60.0 (-10.0)"
-    seeds = {"few/mae/0": dict(epochs=1), "few/mae/1": dict(epochs=3)}
-    refused("seeds of few/mae differ in epochs: .1, 3.", data.of_seeds, seeds, "few", "mae")
-
-def test_only_small_photos_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(tinymim, "decode", Mock(side_effect=tinymim.decode))
-    counted = tinymim.decode
-    data.keep_small_photos()
-    for size, decoded in ((64, 1), (65, 2)):
-        Image.new("RGB", (size, 64), "red").save(tmp_path / f"{size}.png")
-        for _ in range(2):
-            assert tinymim.decode(tmp_path / f"{size}.png").shape == (3, 64, size)
-        assert counted.call_count == decoded
-        counted.reset_mock()
-
-def test_rows_of_one_method_share_their_rates():
-    assert all(study.method_of(spec) == name for name, (spec, _) in study.METHODS.items())
-    for spec in ("--teacher assistant", "--relations qk vv"):
-        assert study.method_of(spec) == "relation"
-    for name, (_, best) in study.METHODS.items():
-        tries = study.rates_to_try(name, {}, 1)
-        assert best in tries and len(set(tries)) == (3 if name == "teacher" else 8)
-        assert study.best_rates(name, {}) == best
-    found = {f"tune/feature/{a:g} {b:g}": {"top1": 61.0 if a == b else 60.0}
-             for a, b in study.rates_to_try("feature", {}, 1)[1:]}
-    assert study.best_rates("feature", found) == (0.016, 0.008)  # --tune is not finished
-    found["tune/feature/0.004 0.004"] = {"top1": 59.0}
-    assert study.best_rates("feature", found) == (0.008, 0.008)
-    longer = study.rates_to_try("feature", found, 10)
-    assert longer == [(0.008, 0.008), (0.004, 0.008), (0.016, 0.008)]
-
-def test_a_result_of_other_settings_is_not_taken_for_this_ones(tmp_path):
-    shutil.copy(os.path.join(data.ROOT, "assets", "cifar10.json"), tmp_path / "results.json")
-    options = ["--smallest", "--tables", "T8", "--out", str(tmp_path)]
-    fails(study.main, [*options, "--teacher", data.CIFAR10_TEACHER],
-          "results.json has few/", ": choose another --out")
-
-def test_every_row_of_the_study_works(tmp_path):
-    """At its smallest, two side by side. What is finished is not run again."""
-    first = script("study.py", "--smallest", "--jobs", 2, "--out", tmp_path)
-    again = script("study.py", "--smallest", "--out", tmp_path)
-    rows = [line for line in again.splitlines() if line.startswith("| ")]
-    assert len(rows) == len(study.ROWS) + len({row[0] for row in study.ROWS})
-    assert rows == [line for line in first.splitlines() if line.startswith("| ")]
-    assert all(top1.strip() for row in rows for top1 in row.split("|")[3:5])  # no number missing
-    assert "epoch 1 " in first and "epoch 1 " not in again.split("| T8")[0].split("results in")[-1]
-    # One after the other, rows give the same: they see the same crops.
-    script("study.py", "--smallest", "--tables", "end", "--out", tmp_path / "alone")
-    beside = data.results(tmp_path / "results.json")
-    alone = data.results(tmp_path / "alone" / "results.json")
-    assert len(alone) == 10 and alone.items() <= beside.items()
-    checkpoint = "relations-qk-vv-epochs-10-seed0-0.016/pretrain/last.pth"
-    losses = [tinymim.load_file(folder / checkpoint)["history"][-1]["loss"]
-              for folder in (tmp_path, tmp_path / "alone")]
-    assert losses[0] == losses[1]
-
-def test_kept_crops_are_those_of_the_dataset(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel.KeptDataset, "folder", str(tmp_path))
-    paths, labels, _ = finetune.read_folder(pictures / "train")
-    crop = tinymim.crop_and_flip(16)
-    plain = ImageDataset(paths, crop, 3, labels)
-    for epoch in range(2):
-        parallel.make_epoch((parallel.KeptDataset(paths, crop, 3), epoch))
-    for kept in parallel.KeptDataset(paths, crop, 3, labels), parallel.KeptDataset(paths, crop, 3):
-        for key in (0, 1, len(paths) + 1, 0):  # in two epochs, and back in the first
-            same(kept[key][0], plain[key][0], atol=0)
-            assert kept[key][1:] == plain[key][1:][:len(kept[key]) - 1]
-    assert len(list(tmp_path.iterdir())) == 2
-    changed = [parallel.KeptDataset(paths, crop, 4), parallel.KeptDataset(paths[:9], crop, 3)]
-    os.utime(paths[0])
-    for other in [*changed, parallel.KeptDataset(paths, crop, 3)]:
-        assert not os.path.exists(other.path(0))
-
-def killed(_):
-    os.kill(os.getpid(), 9)
-
-def fails_or_waits(number):
-    if number == 0:
-        sys.exit("a full disk")  # as a script's main() does
-    time.sleep(600)
-
-def test_processes_that_are_killed_or_fail(tmp_path):
-    def run(function):
-        return list(parallel.in_processes(function, [0, 1], 2, str(tmp_path), tmp_path / "log"))
-
-    refused("a process was killed", run, killed)
-    refused("a full disk", run, fails_or_waits, error=SystemExit)  # at once
-    assert not multiprocessing.active_children()
-
-def test_the_studys_teacher():
-    path = os.path.join(os.path.dirname(HERE), "assets", "cifar10_teacher.pth")
-    assert path == data.CIFAR10_TEACHER and os.path.getsize(path) < 6e6
-    config = dict(dim=192, depth=6, heads=6, patch_size=4, img_size=32, relation_heads=None)
-    assert tinymim.load_teacher(path).config == config
-    fails(study.main, ["--data", "mine"], "--teacher new trains one on these photos")
-
-def test_content_is_what_the_photo_explains():
-    """Of a relation that is the same in all photos nothing, of one with a constant mean map all."""
-    torch.manual_seed(0)
-    vit, photos = ViT(**SMALL), torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
-    same_photos = photos[:1].expand(6, -1, -1, -1)
-    for share in content.explained(vit, same_photos).values():
-        assert share == pytest.approx(0, abs=1e-4)
-    found = content.explained(vit, photos)
-    q, k, v = vit.qkv_at(tinymim.normalize(photos / 255), 3)
-    maps = tinymim.log_relation(q, k, 2).exp().double().detach()  # as written
-    total = maps.transpose(0, 1).transpose(1, 2).flatten(2).var(2, unbiased=False)
-    constant = maps.mean(0).var(2, unbiased=False)
-    assert found[3, "qk"] == pytest.approx((1 - constant / total).mean().item(), rel=1e-5)
-    assert len(found) == 3 * 4 and all(0 < share < 1 for share in found.values())
-
-def test_content_of_photos_of_any_size(pictures, tmp_path, capsys):
-    content.main(["--data", str(pictures), "--json", str(tmp_path / "shares.json")])
-    lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("| 6 | ") for line in lines) == 2
-    shares = data.results(tmp_path / "shares.json")
-    assert len(shares) == 2 * 6 * 4 and all(0 < share < 1 for share in shares.values())
-
-def test_the_demos_teacher_and_its_pictures(tmp_path):
-    path = os.path.join(os.path.dirname(HERE), "assets", "shapes_teacher.pth")
-    assert os.path.getsize(path) < 3e6
-    teacher = tinymim.load_teacher(path)
-    assert teacher.config == dict(dim=128, depth=6, heads=4, patch_size=6, img_size=36,
-                                  relation_heads=None)
-    for name in ("a", "b"):
-        script("shapes.py", tmp_path / name, "--train", 20, "--val", 10)
-    drawn = sorted((tmp_path / "a").rglob("*.png"))
-    assert len(drawn) == 30 and len({picture.parent.name for picture in drawn}) == 10
-    for path in drawn:
-        again = tmp_path / "b" / path.relative_to(tmp_path / "a")
-        assert path.read_bytes() == again.read_bytes()
-
-def test_the_demo_and_its_figures(tmp_path, monkeypatch, capsys):
-    """With few pictures: all four rows, and what is drawn of them."""
-    import demo
-    few = {name: (count // 40, *more) for name, (count, *more) in demo.PICTURES.items()}
-    monkeypatch.setattr(demo, "PICTURES", few)
-    demo.main(["--out", str(tmp_path / "demo")])
-    printed = capsys.readouterr().out
-    assert all(f"| {name} | " in printed for name in demo.STARTS) and "finished" not in printed
-    assert Image.open(tmp_path / "demo" / "demo.png").size == (1200, 560)
-    fails(demo.main, ["--out", str(tmp_path / "demo")], "exists: delete it")
-    pytest.importorskip("matplotlib")
-    run = tmp_path / "demo" / "distilled-0"
-    tuned = tmp_path / "demo" / "distilled-0-finetuned"
-    script("figures.py", "--run", run, "--method", "--log", run, tuned, "--out", tmp_path,
-           "--results", os.path.join(os.path.dirname(HERE), "assets", "cifar10_relations.json"))
-    assert "</svg>" in (tmp_path / "lengths.svg").read_text()
-    assert Image.open(tmp_path / "curves.png").size == (1600, 600)  # losses, and accuracy
-    assert "</svg>" in (tmp_path / "method.svg").read_text()
-    assert Image.open(tmp_path / "relations.png").size[0] > 800
+def test_what_targets_do_not_take(options, capsys):
+    fails(targets.main, [*options, "--mask-ratio=1"], "leaves no relations")
+    fails(targets.main, [*options, "--target=ffn", "--teacher-block=9"], "block 9: 1 to 4")
+    tuned = finetune.Classifier(**WIDER)  # without a norm for its tokens
+    torch.save({"model": tuned.state_dict(), "config": tuned.config}, "tuned.pth")
+    fails(targets.main, [*options, "--teacher=tuned.pth", "--target=cls"], "tuned.pth has no norm")
+    for more, says in (
+        ("--mask-ratio=-0.1", "between"), ("--teacher-drop-path=1", "between"),
+        ("--target=cls --mask-ratio=0.5", "effect"), ("--target=cls --teacher-block=1", "effect"),
+        ("--target=ffn --relations qk", "effect"), ("--target=cls --relation-heads=4", "effect"),
+        ("--target=logit --mask-ratio=0.5", "effect"), ("--decoder 16 1 2", "effect"),
+    ):
+        refused("^2$", targets.main, [*options, *more.split()], error=SystemExit)
+        assert says in capsys.readouterr().err, more
 
 # ---- Robustness ---------------------------------------------------------------------------------
 
@@ -532,8 +321,8 @@ def test_robustness_on_folders_with_known_answers(tmp_path, capsys):
     model.head.weight.data.zero_()
     model.head.bias.data = torch.tensor([1.0, 2.0, 0.0])
     config = model.config | {"classes": ["a", "b", "c"]}
-    torch.save({"model": model.state_dict(), "config": config}, tmp_path / "x.pth")
-    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    torch.save({"model": model.state_dict(), "config": config}, "x.pth")
+    torch.save(model.state_dict(), "bare.pth")
 
     def write(folder, counts):
         for name, count in counts.items():
@@ -547,44 +336,40 @@ def test_robustness_on_folders_with_known_answers(tmp_path, capsys):
     for severity in range(1, 6):
         write(f"imagenet-c/snow/{severity}", {"b": severity, "c": 6 - severity})  # errors: half
         write(f"imagenet-c/fog/{severity}", {"b": 1, "c": 3})
-    common = ["--device", "cpu", "--workers", "0", "--batch-size", "3"]
-    common += [f"--{name}={tmp_path / name}" for name in ("imagenet", "imagenet-a", "imagenet-c")]
-    robustness.main(["--checkpoint", str(tmp_path / "x.pth"), *common, "--imagenet-r", "nowhere"])
+    options = ["--device=cpu", "--workers=0", "--batch-size=3", "--imagenet=imagenet",
+               "--imagenet-a=imagenet-a", "--imagenet-c=imagenet-c"]
+    robustness.main(["--checkpoint=x.pth", *options])
     printed = capsys.readouterr().out
     mce = 100 * (50 / 86.6816 + 75 / 81.9324) / 2  # Hendrycks and Dietterich's: over AlexNet's
     result = f"| 37.5 | 25.0 | - | 62.5 | {mce:.1f} |\n\n-C has 2 of its 15 corruptions\n"
     assert f"x.pth {result}" in printed
     assert "imagenet-a: 2 of the 3 classes" in printed and "imagenet: " not in printed
     assert "snow: error 50.0%" in printed and "fog: error 75.0%" in printed
-    assert "Table 4 calls its last column mCE, but it is most probably the\nmean error" in printed
-    left_out = printed.split("left out: ")[1]
-    assert "nowhere" in left_out and "gaussian_noise" in left_out and "snow" not in left_out
-    assert len(robustness.ALEXNET) == 15
+    assert "gaussian_noise: left out" in printed and "snow: left out" not in printed
 
-    bare = ["--checkpoint", str(tmp_path / "bare.pth"), "--heads", "2", *common]
+    bare, names = ["--checkpoint=bare.pth", "--heads=2", *options], "--class-names=imagenet"
+    robustness.main([*bare, names])
+    assert f"bare.pth {result}" in capsys.readouterr().out
     fails(robustness.main, bare, "--class-names FOLDER")
-    fails(robustness.main, [*bare, f"--class-names={tmp_path}/imagenet-a"], "of which 2 are known")
-    robustness.main([*bare, f"--class-names={tmp_path}/imagenet"])
-    printed = capsys.readouterr().out
-    assert f"bare.pth {result}" in printed and "left out: --imagenet-r, " in printed
-    fails(robustness.main, [*bare, f"--class-names={tmp_path}/imagenet",
-                            f"--imagenet={tmp_path}/other"], "has the class d")
-    robustness.main([*bare[:-3], f"--class-names={tmp_path}/imagenet"])
-    assert "bare.pth | - | - | - | - | - |\n\n-C has 0" in capsys.readouterr().out
+    fails(robustness.main, [*bare, "--class-names=imagenet-a"], "of which 2 are known")
+    fails(robustness.main, [*bare, names, "--imagenet=other"], "has the class d")
+    # It knows its classes: others would give numbers, too.
+    fails(robustness.main, ["--checkpoint=x.pth", *options, names], "x.pth names its classes")
+    torch.save(ViT(**SMALL).state_dict(), "student.pth")
+    fails(robustness.main, ["--checkpoint=student.pth", *options], "has no head")
+    for option, says in (("--epochs=3", "unrecognized"), ("--imagenet=gone", "no folder gone")):
+        refused("^2$", robustness.main, [*bare, option], error=SystemExit)
+        assert says in capsys.readouterr().err
 
-def test_robustness_has_only_options_that_do_something(teacher_file, capsys):
-    refused("^2$", robustness.main, ["--checkpoint=x", "--epochs=3"], error=SystemExit)
-    assert "unrecognized arguments: --epochs" in capsys.readouterr().err
-    fails(robustness.main, ["--checkpoint", str(teacher_file), "--device", "cpu"], "has no head")
-
-# ---- Fine-tuning with distillation --------------------------------------------------------------
+# ---- Fine-tuning with a label teacher -----------------------------------------------------------
 
 def test_the_size_of_tinymim_star():
-    """About 5.8 M parameters without the heads, and 1.3 GFLOP (multiply-adds), as in the paper."""
-    model = finetune_distilled.DistilledClassifier(192, 12, 12, star_dim=1280)
+    """8.3 M parameters, 5.8 M without the heads, whose width is ours; and 1.3 GFLOP
+    (multiply-adds), as in the paper."""
+    model = label_teacher.DistilledClassifier(192, 12, 12, star_dim=1280)
+    parameters = sum(p.numel() for p in model.parameters())
     heads = sum(p.numel() for head in (model.head, model.head_dist) for p in head.parameters())
-    parameters = sum(p.numel() for p in model.parameters()) - heads
-    assert parameters == pytest.approx(5.8e6, rel=0.01)
+    assert (parameters, parameters - heads) == pytest.approx((8.3e6, 5.8e6), rel=0.01)
     spelt_out = sdpa_kernel(SDPBackend.MATH)  # which the counter understands on a CPU, too
     with FlopCounterMode(display=False) as counter, torch.no_grad(), spelt_out:
         assert model.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
@@ -594,7 +379,7 @@ def test_timm_agrees_with_two_heads():
     """timm's distillation token has a position embedding, which is 0 here."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    ours = finetune_distilled.DistilledClassifier(192, 12, 3).eval()
+    ours = label_teacher.DistilledClassifier(192, 12, 3).eval()
     for parameter in ours.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     theirs = timm.create_model("deit_tiny_distilled_patch16_224").eval()
@@ -605,20 +390,17 @@ def test_timm_agrees_with_two_heads():
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_the_loss_of_both_heads(soft, monkeypatch):
+def test_the_loss_of_both_heads(soft):
     torch.manual_seed(0)
-    model = finetune_distilled.DistilledClassifier(12, 2, 2, 5, patch_size=8, img_size=16)
-    model.config["classes"] = [*"abcde"]
+    model = label_teacher.DistilledClassifier(12, 2, 2, 5, patch_size=8, img_size=16)
     for head in (model.head, model.head_dist):
         torch.nn.init.normal_(head.weight)
     teacher = finetune.Classifier(12, 1, 2, 5, patch_size=8, img_size=16)
     torch.nn.init.normal_(teacher.head.weight)
-    monkeypatch.setattr(finetune_distilled, "load_label_teacher",
-                        lambda *asked: asked == ("x", [*"abcde"], 16) and teacher)
-    options = dict(label_teacher="x", augment="crop", alpha=0.3, soft=soft, temperature=2.0)
-    objective = finetune_distilled.DistilledSupervised(model, argparse.Namespace(**options))
+    options = argparse.Namespace(augment="crop", alpha=0.3, soft=soft, temperature=2.0)
+    objective = label_teacher.DistilledSupervised(model, teacher, options).train()
     images, labels = torch.randn(3, 3, 16, 16), torch.rand(3, 5).softmax(-1)
-    losses = objective.train()(images, labels)
+    losses = objective.losses(images, labels)
     assert not objective.teacher.training and objective.student.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     one, two = model.both(images)
@@ -633,67 +415,69 @@ def test_the_loss_of_both_heads(soft, monkeypatch):
         expected = -two.log_softmax(1)[torch.arange(3), said.argmax(1)].mean()
     assert losses["distilled"].item() == pytest.approx(0.3 * expected.item(), rel=1e-4)
 
-def test_finetuning_with_a_label_teacher(pictures, teacher_file, tmp_path, capsys):
-    """Train, resume, evaluate; the teacher is not saved; teachers of other classes are refused."""
-    main = finetune_distilled.main
-    common = ["--data", str(pictures), "--batch-size", "8", "--workers", "0", "--device", "cpu"]
-    finetune.main(["--checkpoint", str(teacher_file), "--epochs", "1", *common, "--out",
-                   str(tmp_path / "teacher")])
-    options = ["--checkpoint", str(teacher_file), *common, "--star", "--heads=2", "--epochs=2"]
-    taught = [*options, "--label-teacher", str(tmp_path / "teacher" / "last.pth")]
-    main([*taught, "--out", str(tmp_path / "run")])
+def test_finetuning_with_a_label_teacher(pictures, teacher_file, capsys):
+    """Train, resume, evaluate; the teacher is not saved, and no other one is taken for it."""
+    main, val = label_teacher.main, pictures / "val"
+    common = [*QUICK[1:], f"--data={pictures}"]
+    options = [f"--checkpoint={teacher_file}", *common, "--epochs=2"]
+    finetune.main([*options, "--out=teacher"])
+    options += ["--star", "--heads=2", "--label-teacher=teacher/last.pth"]
+    main([*options, "--out=whole"])
     assert "learnt with 4 heads and goes on with 2" in capsys.readouterr().out
-    saved, last = load(tmp_path / "run"), str(tmp_path / "run" / "last.pth")
+    saved = load("whole")
     assert saved["config"]["star_dim"] == 1280 and saved["config"]["heads"] == 2
     assert not any("teacher" in name.split(".") for name in saved["objective"])
     assert list(saved["history"][1])[:3] == ["epoch", "labels", "distilled"]
-    stopped(main, [*taught, "--out", str(tmp_path / "again")], epoch=2)
-    main([*taught, "--out", str(tmp_path / "again"), "--resume"])
-    same(load(tmp_path / "again")["model"], saved["model"])
+    stopped(main, [*options, "--out=run"], epoch=2)
+    main([*options, "--out=run", "--resume"])
+    same(load("run")["model"], saved["model"])
 
-    torch.save(saved["model"], tmp_path / "bare.pth")  # tells neither classes nor heads
+    torch.save(saved["model"], "bare.pth")  # tells neither classes nor heads
     top1 = saved["history"][1]["top1"]
-    evaluation = ["--eval", *common, "--checkpoint"]
-    fails(main, [*evaluation, str(tmp_path / "bare.pth")], "--class-names FOLDER")
-    fails(main, [*evaluation, str(teacher_file)], "has no head")
-    fails(finetune.main, [*evaluation, last], "extras/finetune_distilled.py evaluates it")
+    evaluation, names = [*common, "--eval"], f"--class-names={val}"
     capsys.readouterr()
-    for more in ([last], [str(tmp_path / "bare.pth"), "--heads", "2", "--class-names",
-                          str(pictures / "train")]):
+    for more in (["--checkpoint=run/last.pth"], ["--checkpoint=bare.pth", "--heads=2", names]):
         main([*evaluation, *more])
         assert f"top-1 {top1:.3f}%" in capsys.readouterr().out
-    robustness.main(["--checkpoint", last, "--device", "cpu", "--workers", "0", "--imagenet",
-                     str(pictures / "val")])
+    robustness.main(["--checkpoint=run/last.pth", "--device=cpu", f"--imagenet={val}"])
     assert f"last.pth | {top1:.1f} |" in capsys.readouterr().out
-    (tmp_path / "some").mkdir()
-    for name in sorted(os.listdir(pictures / "val"))[:3]:
-        os.symlink(pictures / "val" / name, tmp_path / "some" / name)
-    fails(main, [*evaluation, last, "--data", str(tmp_path / "some")], "extras/robustness.py")
+    last = [*evaluation, "--checkpoint=run/last.pth"]
+    fails(main, [*evaluation, "--checkpoint=bare.pth"], "--class-names FOLDER")
+    fails(main, [*evaluation, f"--checkpoint={teacher_file}"], "has no head")
+    fails(main, [*last, names], "last.pth names its classes")
+    fails(finetune.main, last, "extras/finetune_with_label_teacher.py evaluates it")
+    for option in ("--temperature=2", "--class-names=x"):  # without --soft, without --eval
+        refused("^2$", main, [*options, option], error=SystemExit)
 
-    for teacher, says in ((str(teacher_file), "is neither"), (last, "is neither"),
-                          ("nothing", "no file nothing"), ("resnet18", "ImageNet's 1000 classes")):
-        fails(main, [*options, "--label-teacher", teacher, "--out", str(tmp_path / "other")], says)
+    content = load("teacher")
+    for name, factor in (("other", 2), ("nan", torch.nan)):
+        content["model"]["cls_token"] *= factor
+        torch.save(content, f"{name}.pth")
+    for teacher, says in ((teacher_file, "is neither"), ("whole/last.pth", "is neither"),
+                          ("nan.pth", "has NaN"), ("nothing", "no file nothing"),
+                          ("resnet18", "ImageNet's 1000 classes")):
+        fails(main, [*options, f"--label-teacher={teacher}", "--out=failed"], says)
+    os.replace("other.pth", "teacher/last.pth")  # under the same name
+    fails(main, [*options, "--out=run", "--resume"], "has a run with teacher_checksum")
 
 def test_a_label_teacher_of_torchvision(monkeypatch):
-    asked = []
-    get_model = lambda name, weights: asked.append((name, weights.meta["num_params"])) or "network"
-    monkeypatch.setattr(finetune_distilled.torchvision.models, "get_model", get_model)
-    classes = [f"n{i:08}" for i in range(1000)]
-    assert finetune_distilled.load_label_teacher("regnet_y_16gf", classes, 224) == "network"
-    assert asked == [("regnet_y_16gf", 83590140)]
+    """Untrained here, as there may be no network to fetch its weights by."""
+    models, classes = torchvision.models, [f"n{i:08}" for i in range(1000)]
+    untrained = lambda name, weights: models.get_model_builder(name)()
+    monkeypatch.setattr(models, "get_model", untrained)
+    load_label_teacher = label_teacher.load_label_teacher
+    teacher = load_label_teacher("squeezenet1_1", classes, 96)
+    assert teacher(torch.zeros(2, 3, 96, 96)).shape == (2, 1000)
+    refused("vit_b_32 does not take images of 96 pixels .*Wrong image height", load_label_teacher,
+            "vit_b_32", classes, 96)
     others = [f"class {i}" for i in range(1000)]
-    refused("n01440764", finetune_distilled.load_label_teacher, "regnet_y_16gf", others, 224)
-    no_network = Mock(side_effect=OSError("no route to host"))
-    monkeypatch.setattr(finetune_distilled.torchvision.models, "get_model", no_network)
-    says = "cannot download the weights of regnet_y_16gf .no route"
-    refused(says, finetune_distilled.load_label_teacher, "regnet_y_16gf", classes, 224)
+    refused("n01440764", load_label_teacher, "regnet_y_16gf", others, 224)
+    monkeypatch.setattr(models, "get_model", Mock(side_effect=OSError("no route to host")))
+    says = "cannot download the weights of regnet_y_16gf .*no route"
+    refused(says, load_label_teacher, "regnet_y_16gf", classes, 224)
 
 def test_the_recipe_of_tinymim_star():
-    for options, expected in ((["--star"], dict(heads=12, epochs=1000)),
-                              (["--star", "--heads=3", "--epochs=9"], dict(heads=3, epochs=9)),
-                              ([], dict(heads=None, epochs=None)),
-                              (["--star", "--eval"], dict(heads=None, out=None))):
-        args = vars(args_of(finetune_distilled, "--checkpoint=runs/a/last.pth", *options))
-        assert args | expected == args
-        assert args["out"] == (None if args["eval"] else "runs/a-distilled")
-        assert (args["alpha"], args["soft"], args["label_teacher"]) == (0.5, False, "regnet_y_16gf")
+    for options, expected in (("--star", (12, 1000)), ("--star --heads=3 --epochs=9", (3, 9)),
+                              ("--batch-size=8", (None, None))):  # those of finetune.py
+        args = args_of(label_teacher, "--checkpoint=runs/a/last.pth", *options.split())
+        assert (args.heads, args.epochs) == expected

@@ -16,8 +16,8 @@ sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import finetune
 import probe
 from test_extras import script, stopped
-from test_tinymim import SMALL, args_of, fails, load, same
-from test_tinymim import pictures  # a fixture: three colours
+from test_tinymim import SMALL, fails, load, refused, same
+from test_tinymim import own_folder, pictures  # fixtures: an empty folder, and three colours
 from tinymim import ViT
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # leaving torchvision
@@ -31,9 +31,16 @@ def checkpoint(tmp_path_factory):
     return path
 
 @pytest.fixture
-def options(checkpoint, pictures, tmp_path):
-    return ["--checkpoint", str(checkpoint), "--data", str(pictures), "--batch-size", "8", "--blr",
-            "1", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
+def common(pictures):
+    return ["--device=cpu", "--workers=0", f"--data={pictures}"]
+
+@pytest.fixture
+def options(common, checkpoint):
+    return [*common, f"--checkpoint={checkpoint}", "--batch-size=8", "--blr=1", "--out=run"]
+
+@pytest.fixture
+def evaluation(common):
+    return [*common, "--checkpoint=run/last.pth", "--eval"]
 
 def test_the_probe_is_a_class_token_a_batch_norm_without_weights_and_a_head():
     torch.manual_seed(0)
@@ -46,10 +53,9 @@ def test_the_probe_is_a_class_token_a_batch_norm_without_weights_and_a_head():
     learnt = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert learnt == ["head.weight", "head.bias"]
 
-def test_it_learns_and_trains_the_head_alone(options, checkpoint, tmp_path, capsys):
-    probe.main([*options, "--epochs", "10"])
-    saved = load(tmp_path / "run")
-    before = torch.load(checkpoint, weights_only=True)["model"]
+def test_it_learns_and_trains_the_head_alone(options, evaluation, checkpoint, capsys):
+    probe.main([*options, "--epochs=10"])
+    saved, before = load("run"), torch.load(checkpoint, weights_only=True)["model"]
     history, weights = saved["history"], saved["model"]
     assert history[-1]["loss"] < history[0]["loss"] and history[-1]["top1"] > 60
     new = {"head.weight", "head.bias", "head_norm.running_mean", "head_norm.running_var",
@@ -57,47 +63,45 @@ def test_it_learns_and_trains_the_head_alone(options, checkpoint, tmp_path, caps
     assert weights.keys() - before.keys() == new
     same({name: weights[name] for name in before}, before)
     capsys.readouterr()
-    last = str(tmp_path / "run" / "last.pth")
-    probe.main([*options[2:], "--eval", "--checkpoint", last, "--batch-size", "1"])
+    probe.main([*evaluation, "--batch-size=1"])
     record = history[-1]
     assert f"top-1 {record['top1']:.3f}%, loss {record['val_loss']:.4f}" in capsys.readouterr().out
 
-def test_a_resumed_run_is_the_uninterrupted_one(options, tmp_path):
-    probe.main([*options, "--epochs", "3"])
-    again = [*options, "--epochs", "3", "--out", str(tmp_path / "again")]
-    stopped(probe.main, again, epoch=2)
-    probe.main([*again, "--resume"])
-    same(load(tmp_path / "again")["model"], load(tmp_path / "run")["model"])
+def test_a_resumed_run_is_the_uninterrupted_one(options):
+    options += ["--epochs=3"]
+    probe.main([*options, "--out=whole"])
+    stopped(probe.main, options, epoch=2)
+    probe.main([*options, "--resume"])
+    same(load("run")["model"], load("whole")["model"])
 
-def test_processes_evaluate_with_the_statistics_that_are_saved(options, tmp_path, capsys):
+@pytest.mark.slow
+def test_processes_evaluate_with_the_statistics_that_are_saved(options, evaluation, capsys):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script("probe.py", *options, "--batch-size", "4", "--epochs", "1", launcher=torchrun)
-    record = load(tmp_path / "run")["history"][-1]
-    probe.main([*options, "--eval", "--checkpoint", str(tmp_path / "run" / "last.pth")])
+    script("probe.py", *options, "--batch-size=4", "--epochs=1", launcher=torchrun)
+    record = load("run")["history"][-1]
+    probe.main(evaluation)
     assert f"loss {record['val_loss']:.4f}" in capsys.readouterr().out
 
-def test_what_it_refuses(options, checkpoint, pictures, tmp_path):
-    content = torch.load(checkpoint, weights_only=True)
-    content["config"]["relation_heads"] = 2
-    torch.save(content, tmp_path / "student.pth")
-    fails(probe.main, [*options, "--checkpoint", str(tmp_path / "student.pth")], "was distilled")
-    fails(probe.main, [*options, "--batch-size", "1"], "--batch-size 1")
-    fails(probe.main, [*options, "--eval"], "is not of this script")
-    assert not os.path.exists(tmp_path / "run")
+@pytest.mark.parametrize("is_trained, config", [
+    (False, dict(relation_heads=2)), (False, dict(pretraining="TinyMIM")),
+    (False, dict(pretraining="LogitRelation")), (False, dict(pretraining="MaskedRelation")),
+    (True, dict(pretraining="Feature")), (True, dict(pretraining="WithMAE", relation_heads=2))])
+def test_the_end_of_the_last_block_must_be_trained(is_trained, config, options, checkpoint):
+    content = torch.load(checkpoint, weights_only=True) | {"config": SMALL | config}
+    torch.save(content, "student.pth")
+    options += ["--checkpoint=student.pth", "--epochs=1"]
+    probe.main(options) if is_trained else fails(probe.main, options, "distilled by relations")
 
-    probe.main([*options, "--epochs", "1"])
-    shutil.copytree(pictures / "val", tmp_path / "val")
-    (tmp_path / "val" / "red").rename(tmp_path / "val" / "violet")
-    evaluation = [*options[:-2], "--eval", "--checkpoint", str(tmp_path / "run" / "last.pth")]
-    fails(probe.main, [*evaluation, "--data", str(tmp_path)], "has other classes than")
-    os.symlink(pictures / "train", tmp_path / "train")
-    other = [*options, "--data", str(tmp_path), "--out", str(tmp_path / "other")]
-    fails(probe.main, other, "has other classes than")
-    fails(finetune.main, [*evaluation, "--data", str(pictures)], "fc_norm")
-
-def test_the_recipe():
-    args = vars(args_of(probe, "--checkpoint=runs/mae-tiny/last.pth"))
-    recipe = dict(epochs=90, warmup_epochs=10, batch_size=128, blr=0.1, min_lr=0, weight_decay=0,
-                  augment="crop", out="runs/mae-tiny-probe", script="extras/probe.py")
-    assert args | recipe == args
-    assert args_of(probe, "--checkpoint=x", "--epochs=9").warmup_epochs == 1
+def test_what_it_refuses(options, evaluation, checkpoint, pictures, capsys):
+    fails(probe.main, [*options, "--batch-size=1"], "--batch-size 1")
+    fails(probe.main, [*evaluation, f"--checkpoint={checkpoint}"], "is not of this script")
+    assert not os.path.exists("run")
+    for option, says in (("--epochs=3", "effect"), ("--blr=3", "effect"), ("--dim=24", "unrecog")):
+        refused("^2$", probe.main, [*evaluation, option], error=SystemExit)
+        assert says in capsys.readouterr().err
+    probe.main([*options, "--epochs=1"])
+    shutil.copytree(pictures, "changed")
+    os.rename("changed/val/red", "changed/val/violet")
+    fails(probe.main, [*evaluation, "--data=changed"], "has other classes than")
+    fails(probe.main, [*options, "--data=changed", "--out=other"], "has other classes than")
+    fails(finetune.main, evaluation, "fc_norm")
