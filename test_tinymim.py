@@ -243,6 +243,9 @@ def test_what_does_not_fit_is_said_in_words():
         (split, split, 4, r"\(2, 4, 5, 12\).*\(B, N, D\)"),
     ]:
         refused(says, relation_loss, student, teacher, heads, error=ValueError)
+    for block in (0, 4):  # of 3
+        refused("1 to 3", ViT(**SMALL).qkv_at, torch.ones(1, 3, 32, 32), block, error=ValueError)
+    refused("uint8", tinymim.two_views, torch.rand(1, 3, 32, 32), error=ValueError)
 
 def test_initial_weights_are_maes():
     """Xavier uniform for all matrices, patches flattened. Biases 0, but the patch embedding's."""

@@ -21,8 +21,9 @@ an N x N matrix, softmax(q qᵀ / sqrt(D/h)): how every token relates to every t
 the matrices of both networks have the same shape, whatever D is (here a head is 64 wide in the
 teacher, 16 in the student), so no projection is needed. Nothing is masked here.
 
-Part I is the method: fit calls update, update calls TinyMIM.forward, and that calls two_views,
-qkv_at and relation_loss. Part II is for reference: checkpoints, image files, the command line.
+Part I is the method, and runs by itself: update is a step of training, and calls TinyMIM.forward,
+which calls two_views, qkv_at and relation_loss. Part II is for reference: main calls train, train
+calls build and fit, and fit calls update; around it checkpoints, image files, options.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def log_relation(a, b, relation_heads):
     """
     if a.ndim != 3 or a.shape[2] % relation_heads:
         raise ValueError(f"{tuple(a.shape)} is not (B, N, D), D divisible by {relation_heads}")
-    # Not in fp16, where logits can overflow, nor in bf16, where they are coarse.
+    # Not in fp16, where logits can overflow, nor in bf16: it rounds sums and probabilities.
     dtype = torch.promote_types(a.dtype, torch.float32)  # float64 stays float64
     with torch.autocast(a.device.type, enabled=False):
         a = split_heads(a.to(dtype), relation_heads)
@@ -128,7 +129,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = (split_heads(x, self.heads) for x in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -199,6 +200,8 @@ class ViT(nn.Module):
 
     def qkv_at(self, images, block):
         """q, k, v of block number `block`, from 1: (B, N, dim) each. Later layers do not run."""
+        if not 1 <= block <= self.depth:
+            raise ValueError(f"there is no block {block}: 1 to {self.depth}")
         x = self.blocks[:block - 1](self.embed(images))
         return self.blocks[block - 1].qkv(x)
 
@@ -238,6 +241,8 @@ def two_views(crops):
     """uint8 crops (B, 3, H, W) to the student's view and the teacher's, float (B, 3, H, W) each.
     As in the authors' code only the student's is jittered; the target comes from true colours."""
     # Jittering on the GPU lets workers send one uint8 crop, 1/8 the bytes of two float32 views.
+    if crops.dtype != torch.uint8:
+        raise ValueError(f"crops should be uint8, 0 to 255, not {crops.dtype}")
     images = crops / 255
     order = torch.rand(len(images), 3, device=images.device).argsort(dim=1)  # permutations
     factors = 0.6 + 0.8 * torch.rand(len(images), 3, device=images.device)  # as ColorJitter(0.4)
@@ -345,9 +350,25 @@ def update(model, batches, optimizer, scaler, args, totals):
     scaler.update()
     optimizer.zero_grad()
 
+# ==== Part II: the rest of a program =============================================================
+
+class UserError(Exception):
+    """A mistake in options or files. The command line prints it in a line, without a traceback."""
+
+@contextlib.contextmanager
+def explained(failure, advice="", kind=Exception):
+    """Errors of this kind become a UserError that says what failed, why, and what to do."""
+    try:
+        yield
+    except kind as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{failure} ({reason:.300}){advice}") from error
+
+# ---- 6. The training loop -----------------------------------------------------------------------
+
 def fit(objective, dataset, optimizer, args, evaluate=lambda epoch: {}, schedule=learning_rate):
-    """The training loop, of any objective that takes a batch of the dataset and gives {name: loss}.
-    objective.student, a ViT, is saved as the model; objective.teacher, if any, is not saved."""
+    """The training loop, of any objective that takes a batch of an ImageDataset and gives {name:
+    loss}. objective.student, a ViT, is saved as the model; objective.teacher, if any, is not."""
     loader = make_loader(dataset, args)  # of [crops], uint8 (B, 3, H, W)
     updates = len(loader) // args.accum  # per epoch
     peak = args.blr * args.images_per_update / 256  # the linear scaling rule
@@ -376,21 +397,7 @@ def fit(objective, dataset, optimizer, args, evaluate=lambda epoch: {}, schedule
         history.append({"epoch": epoch + 1} | record | evaluate(epoch + 1))
         save_run(state, settings, history)
 
-# ==== Part II: the rest of a program =============================================================
-
-class UserError(Exception):
-    """A mistake in options or files. The command line prints it in a line, without a traceback."""
-
-@contextlib.contextmanager
-def explained(failure, advice="", kind=Exception):
-    """Errors of this kind become a UserError that says what failed, why, and what to do."""
-    try:
-        yield
-    except kind as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{failure} ({reason:.300}){advice}") from error
-
-# ---- 6. Checkpoints -----------------------------------------------------------------------------
+# ---- 7. Checkpoints -----------------------------------------------------------------------------
 
 MAE_URL = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_"
 TEACHERS = {f"mae_{size}": f"{MAE_URL}{size}.pth" for size in ("base", "large", "huge")}
@@ -476,7 +483,7 @@ def load_teacher(source, img_size=None, heads=None):
     load_weights(teacher, tensors, source)
     return teacher
 
-# ---- 7. Image files to batches ------------------------------------------------------------------
+# ---- 8. Image files to batches ------------------------------------------------------------------
 
 def image_folder(data, split=""):
     """The folder that --data names (imagenette: fetched), or its subfolder `split`, if any."""
@@ -569,7 +576,7 @@ def make_loader(dataset, args):
                       num_workers=args.workers, persistent_workers=args.workers > 0,
                       pin_memory=args.device == "cuda")
 
-# ---- 8. A run -----------------------------------------------------------------------------------
+# ---- 9. A run -----------------------------------------------------------------------------------
 
 # What --resume may change, as long as images_per_update is the same.
 MAY_CHANGE = {"resume", "out", "data", "workers", "device", "compile", "batch_size", "accum"}
@@ -662,7 +669,7 @@ def mean_losses(totals, batches):
     means = dict(zip(totals, means.tolist()))
     return means | {"loss": sum(means.values())}
 
-# ---- 9. Options and the command line ------------------------------------------------------------
+# ---- 10. Options and the command line -----------------------------------------------------------
 
 def resolve(args):
     """Check the options, and fill in those that follow from others or from the machine."""
