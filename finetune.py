@@ -258,6 +258,8 @@ def evaluate(model, paths, labels, args, transform=None):
     if WORLD > 1:
         dist.all_reduce(sums)
     top1, loss = (sums / len(paths)).tolist()
+    if not math.isfinite(loss):  # argmax takes NaN for the first class
+        raise FloatingPointError(f"the loss on {len(paths)} images is {loss}")
     return {"top1": 100 * top1, "val_loss": loss}
 
 def print_accuracy(args, model):
@@ -311,6 +313,7 @@ def train(args, build_objective=build):
 
     evaluate_epoch(args.epochs)  # finds broken files now, not after an epoch
     optimizer = torch.optim.AdamW(groups, fused=args.device == "cuda")
+    args.val_images = len(val_paths)  # --resume compares it
     tinymim.fit(objective, dataset, optimizer, args, evaluate_epoch)
 
 def make_parser(prog, doc, **defaults):

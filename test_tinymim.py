@@ -842,6 +842,27 @@ def test_finetuning_learns_and_is_evaluated_exactly(tune, pictures, capsys):
     options = [*tune, "--epochs=4", "--resume", "--data=renamed"]
     fails(finetune.main, options, "has a run with", "classes", "apple")
 
+def test_nan_is_neither_an_accuracy_nor_saved(tune, distil, pictures, monkeypatch):
+    """Not logits of NaN, which argmax takes for the first class, and not weights of NaN."""
+    model = finetune.Classifier(**SMALL, num_classes=3)
+    model.head.weight.data[0] = 1e38  # finite, but the logits are not
+    model.fc_norm.weight.data *= 1e3
+    config = model.config | {"classes": ["blue", "green", "red"]}
+    torch.save({"model": model.state_dict(), "config": config}, "big.pth")
+    fails(finetune.main, [*EVAL, "--checkpoint=big.pth", f"--data={pictures}"], "loss on 21 images")
+    finetune.main([*tune, "--epochs=1"])
+    before = load("run")["model"]
+    fails(finetune.main, [*tune, "--out=b", "--epochs=1", "--blr=1e9", "--warmup-epochs=0"],
+          "lower --blr")
+    monkeypatch.setattr(finetune, "evaluate", lambda *_: {})  # it would be found there, too
+    fails(finetune.main, [*tune, "--out=c", "--epochs=1", "--blr=1e9", "--warmup-epochs=0"],
+          "lower --blr")
+    assert not os.path.exists("b/last.pth") and not os.path.exists("c/last.pth")
+    same(load("run")["model"], before)
+    nan = {name: tensor * math.nan for name, tensor in before.items()}
+    torch.save({"model": nan, "config": load("run")["config"]}, "nan.pth")
+    fails(finetune.main, [*EVAL, "--checkpoint=nan.pth", f"--data={pictures}"], "nan.pth has NaN")
+
 def test_what_finetuning_starts_from(distil, pictures):
     """A new head, or for the same classes the old one. Attention heads as in extras/README.md."""
     def built(path, classes, *options):

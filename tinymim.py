@@ -478,6 +478,7 @@ def load_teacher(source, img_size=None, heads=None):
     tensors, sizes, config = read_checkpoint(source, heads)
     sizes["img_size"] = img_size or sizes["img_size"]
     teacher = ViT(**sizes, relation_heads=config.get("relation_heads"))
+    teacher.pretraining = config.get("pretraining")
     if "norm.weight" not in tensors:  # MAE's fine-tuned ViTs lack it. q, k and v do not need it
         teacher.norm = None
     load_weights(teacher, tensors, source)

@@ -98,7 +98,10 @@ def main(argv=None):
     # What else tinymim.resolve and finetune.new_classifier read.
     parser.set_defaults(out=None, resume=False, seed=0, epochs=1, warmup_epochs=0, accum=1,
                         compile=False, drop_path=0.0)
-    tinymim.run(parser, evaluate, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if not (args.imagenet or args.imagenet_a or args.imagenet_r or args.imagenet_c):
+        parser.error("nothing to evaluate: --imagenet, --imagenet-a, --imagenet-r or --imagenet-c")
+    tinymim.run(parser, evaluate, args)
 
 if __name__ == "__main__":
     main()

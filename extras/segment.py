@@ -6,6 +6,7 @@
 
 --data is ade20k (downloaded to data/, 1 GB) or a folder in its format, {images,annotations}/
 {training,validation}. Label maps are PNGs, one byte a pixel: 0 is ignored, 1 is the first class.
+Label maps belong to the upright photo: those with an EXIF orientation are turned as it says.
 The recipe is the authors', with mmsegmentation 0.11 (52.47 mIoU in their log for B, 45.0 for *-T).
 TinyMIM*-T, theirs or from finetune_with_label_teacher.py --star, is known by its parameters' names.
 """
@@ -267,6 +268,8 @@ class SegmentationDataset(tinymim.ImageDataset):
         missing = [path for path in label_paths if not os.path.exists(path)]
         if missing:
             raise UserError(f"{len(missing)} photos have no label map: there is no {missing[0]}")
+        if len({*label_paths}) < len(label_paths):
+            raise UserError(f"two photos in {images} have the same name, and so one label map")
         self.label_paths = np.array([os.fsencode(path) for path in label_paths])
 
     def __len__(self):

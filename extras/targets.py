@@ -141,6 +141,10 @@ def build(args):
     relations = student, teacher, args.teacher_block, heads, args.relations
     if args.target == "cls" and teacher.norm is None:
         raise UserError(f"{args.teacher} has no norm after its last block: no --target cls")
+    untrained = teacher.config["relation_heads"] and teacher.pretraining != "WithMAE"
+    if untrained and args.target not in (*RELATIONS, "qkv"):
+        raise UserError(f"{args.teacher} was distilled by relations, which leave the end of its "
+                        f"last block untrained: no --target {args.target}")
     if args.target == "cls":
         objective = ClassToken(student, teacher)
     elif args.target in FEATURES:

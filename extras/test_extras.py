@@ -304,6 +304,11 @@ def test_what_targets_do_not_take(options, capsys):
     tuned = finetune.Classifier(**WIDER)  # without a norm for its tokens
     torch.save({"model": tuned.state_dict(), "config": tuned.config}, "tuned.pth")
     fails(targets.main, [*options, "--teacher=tuned.pth", "--target=cls"], "tuned.pth has no norm")
+    student = ViT(**WIDER, relation_heads=4)  # distilled by relations, as tinymim.py leaves it
+    config = student.config | {"pretraining": "TinyMIM"}
+    torch.save({"model": student.state_dict(), "config": config}, "distilled.pth")
+    for name in ("output", "ffn", "cls"):
+        fails(targets.main, [*options, "--teacher=distilled.pth", f"--target={name}"], "untrained")
     for more, says in (
         ("--mask-ratio=-0.1", "between"), ("--teacher-drop-path=1", "between"),
         ("--target=cls --mask-ratio=0.5", "effect"), ("--target=cls --teacher-block=1", "effect"),
@@ -339,6 +344,7 @@ def test_robustness_on_folders_with_known_answers(tmp_path, capsys):
     options = ["--device=cpu", "--workers=0", "--batch-size=3", "--imagenet=imagenet",
                "--imagenet-a=imagenet-a", "--imagenet-c=imagenet-c"]
     robustness.main(["--checkpoint=x.pth", *options])
+    refused("^2$", robustness.main, ["--checkpoint=x.pth"], error=SystemExit)
     printed = capsys.readouterr().out
     mce = 100 * (50 / 86.6816 + 75 / 81.9324) / 2  # Hendrycks and Dietterich's: over AlexNet's
     result = f"| 37.5 | 25.0 | - | 62.5 | {mce:.1f} |\n\n-C has 2 of its 15 corruptions\n"
