@@ -714,6 +714,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another_or_damaged(either):
     for path in (last, Path("run/best.pth")):
         path.write_text("precious")
         fails(main, options, "run holds a run")
+        if path.name == "best.pth":  # there is nothing to continue
+            fails(main, [*options, "--resume"], "run holds a run")
         assert os.listdir("run") == [path.name] and path.read_text() == "precious"
         path.unlink()
     Path("run/log.jsonl").write_text("{}")  # alone, it is no run

@@ -15,11 +15,11 @@ CVPR 2023, https://arxiv.org/abs/2301.01296. One step of training is the method,
     sum(losses.values()).backward()
 
 Masked image modelling suits large networks. The paper finds that a small one learns more by
-imitating a large one, and most by imitating its relations. A pair such as q and q, k and k or v and
-v (N tokens of width D each) gives one relation: split D into h relation heads, and each head gives
-an N x N matrix, softmax(q qᵀ / sqrt(D/h)): how every token relates to every token. With the same h
-the matrices of both networks have the same shape, whatever D is (here a head is 64 wide in the
-teacher, 16 in the student), so no projection is needed. Nothing is masked here.
+imitating a large one, and most by imitating its relations. A relation compares every token with
+every token: it is an N x N matrix, softmax(a bᵀ / sqrt(D/h)), one for each of h relation heads, and
+a and b are q, k or v, N tokens of width D each. Its shape depends on N and h, not on D (here a head
+is 64 wide in the teacher, 16 in the student). So the networks need no projection between them.
+Nothing is masked here.
 
 Part I is the method, and runs by itself: update is a step of training, and calls TinyMIM.forward,
 which calls two_views, qkv_at and relation_loss. Part II is for reference: main calls train, train
@@ -73,7 +73,7 @@ def log_relation(a, b, relation_heads):
     """
     if a.ndim != 3 or a.shape[2] % relation_heads:
         raise ValueError(f"{tuple(a.shape)} is not (B, N, D), D divisible by {relation_heads}")
-    # Not in fp16, where logits can overflow, nor in bf16: it rounds sums and probabilities.
+    # Without autocast: fp16 logits can overflow, bf16 rounds sums and probabilities.
     dtype = torch.promote_types(a.dtype, torch.float32)  # float64 stays float64
     with torch.autocast(a.device.type, enabled=False):
         a = split_heads(a.to(dtype), relation_heads)
@@ -99,7 +99,7 @@ def relation_loss(student_qkv, teacher_qkv, relation_heads, pairs=("qq", "kk", "
         with torch.no_grad():
             log_target = log_relation(teacher[a], teacher[b], relation_heads)
         log_predicted = log_relation(student[a], student[b], relation_heads)
-        # This way round it costs the student most to miss what the teacher relates strongly.
+        # KL(teacher || student): what the teacher relates strongly weighs most.
         kl = F.kl_div(log_predicted, log_target, reduction="none", log_target=True)
         losses[pair] = kl.sum(dim=-1).mean()  # sum over a row, mean over rows, heads and images
     return losses
@@ -298,7 +298,7 @@ class TinyMIM(nn.Module):
         return relation_loss(student_qkv, teacher_qkv, self.relation_heads, self.pairs)
 
 def refuse_to_train(layer, inputs):
-    """A hook for layers that TinyMIM froze: whoever trains through them after all must say so."""
+    """A hook of layers that TinyMIM froze: no subclass trains through them by mistake."""
     frozen = [not parameter.requires_grad for parameter in layer.parameters()]
     if frozen and all(frozen) and layer.training and torch.is_grad_enabled():
         raise RuntimeError("TinyMIM froze this layer, as its loss does not reach it. To train it "
@@ -676,11 +676,12 @@ def resolve(args):
     """Check the options, and fill in those that follow from others or from the machine."""
     if args.out:
         os.makedirs(args.out, exist_ok=True)
-        if not args.resume and {"last.pth", "best.pth"} & {*os.listdir(args.out)}:
+        there = {"last.pth", "best.pth"} & {*os.listdir(args.out)}
+        if there and not (args.resume and "last.pth" in there):
             raise UserError(f"{args.out} holds a run: add --resume, or choose another --out")
     on_gpu = args.device == "cuda"
-    there = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
-    if LOCAL_RANK >= there.get(args.device, WORLD):
+    devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if LOCAL_RANK >= devices.get(args.device, WORLD):  # as many processes as you like on the CPU
         raise UserError(f"no {args.device} for process {LOCAL_RANK} here: try --device cpu")
     if args.amp == "auto":
         bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)

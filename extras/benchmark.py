@@ -5,160 +5,194 @@
     python extras/benchmark.py --data /path/to/imagenet --variants compiled finetune
 
 Variants: "usual" is distilling as one would write it, in fp16 on a GPU (where the gradient scaler
-waits for it in every step), in float32 on the CPU. "eager" and "compiled" are tinymim.py,
-"checkpoint", "matmul" and "both" changes to it (see variants.py). "finetune" is finetune.py, by its
-recipe; --data must hold what it needs. Networks have random weights, which take as long.
+waits for it in every step), in float32 on the CPU. "eager" and "compiled" are tinymim.py.
+"finetune" is finetune.py, by its recipe, on class folders. Weights are random.
 
-Of each, a step is measured, on a batch that is there: its time and peak memory. --measure adds:
-    parts     of a step of distilling, and the share of a large matrix product's rate that it has
-              (counting the products and convolutions of the formulas)
+A step on a batch that is there is measured: its time, and a GPU's peak memory. --measure adds:
+    parts     of a step of tinymim.py, each by itself
     training  images/s from files to updates, at a steady rate, and hours for ImageNet at that rate
     pipeline  images/s of the workers alone: in the long run, training cannot exceed them
 """
 
 import argparse
-import itertools
 import json
 import os
 import platform
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from timeit import default_timer as clock
-from unittest import mock
 
-import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
+import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import Subset, default_collate
-from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import finetune
 import tinymim
-import variants
-from tinymim import COUNT, DTYPES, UserError
+from tinymim import COUNT, DTYPES, TinyMIM, split_heads
 
-VARIANTS = ("usual", "eager", "compiled", "checkpoint", "matmul", "both", "finetune")
 IMAGENET = 1_281_167  # images
+TEACHERS = {"mae_base": (768, 12, 12, 16), "mae_large": (1024, 24, 16, 16),
+            "mae_huge": (1280, 32, 16, 14)}  # dim, depth, heads, patch size
 
-# ---- 1. The clock --------------------------------------------------------------------------------
+# ---- 1. What is measured ------------------------------------------------------------------------
+
+class UsualDataset(tinymim.ImageDataset):
+    """The student's and the teacher's view of an image, float (3, H, W) each, made by Pillow."""
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4)
+    finish = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+                         tinymim.normalize])
+
+    def __getitem__(self, key):
+        with Image.open(os.fsdecode(self.paths[key % len(self)])) as image:
+            crop = self.transform(image.convert("RGB"))
+        return self.finish(self.jitter(crop)), self.finish(crop)
+
+def relation(a, b, heads):  # (B, N, D) each, to (B, heads, N, N)
+    a, b = split_heads(a, heads), split_heads(b, heads)
+    return (a @ b.transpose(2, 3) / a.shape[-1] ** 0.5).softmax(dim=-1)
+
+class UsualAttention(tinymim.Attention):
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        x = relation(q, k, self.heads) @ split_heads(v, self.heads)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+class UsualTinyMIM(TinyMIM):
+    """Relations as their formula says, of views that the workers made."""
+    def forward(self, *views):
+        return self.losses(*views)
+
+    def losses(self, student_images, teacher_images):
+        with torch.no_grad():
+            teacher = dict(zip("qkv", self.teacher.qkv_at(teacher_images, self.teacher_block)))
+        student = dict(zip("qkv", self.student.qkv_at(student_images, self.student.depth)))
+        losses, heads = {}, self.relation_heads
+        for a, b in self.pairs:
+            target = relation(teacher[a], teacher[b], heads)
+            predicted = relation(student[a], student[b], heads)
+            losses[a + b] = F.kl_div(predicted.log(), target, reduction="none").sum(-1).mean()
+        return losses
+
+def build_distillation(args):  # an objective, its dataset, its optimiser
+    dim, depth, heads, patch_size = TEACHERS[args.teacher]
+    teacher = tinymim.ViT(dim, depth, heads, patch_size, args.img_size)
+    student = tinymim.new_student(args, patch_size, args.img_size)
+    Objective, Dataset = TinyMIM, tinymim.ImageDataset
+    if args.variant == "usual":
+        Objective, Dataset = UsualTinyMIM, UsualDataset
+        for block in (*student.blocks, *teacher.blocks):
+            block.attn = UsualAttention(block.attn.proj.in_features, block.attn.heads)
+    objective = Objective(student, teacher, args.teacher_block, args.relation_heads, args.relations)
+    optimizer = tinymim.make_optimizer(objective.to(args.device), args.weight_decay)
+    if args.variant == "usual":
+        optimizer = torch.optim.AdamW(p for p in student.parameters() if p.requires_grad)
+    paths = tinymim.find_images(tinymim.image_folder(args.data, "train"))
+    return objective, Dataset(paths, tinymim.crop_and_flip(args.img_size)), optimizer
+
+def build_finetuning(args):
+    parser = finetune.make_parser("finetune.py", finetune.__doc__)
+    # Random weights. Each layer has a rate of its own, as it has from a checkpoint.
+    options = parser.parse_args(["--checkpoint=none", "--layer-decay=0.75"])
+    for name in ("student", "dim", "depth", "heads", "img_size"):
+        setattr(options, name, getattr(args, name))
+    checkpoint = finetune.settle(options)  # fills in the rest of the recipe
+    paths, labels, classes = finetune.read_folder(tinymim.image_folder(args.data, "train"))
+    objective = finetune.build(options, checkpoint, classes).to(args.device)
+    transform = finetune.train_transform(args.img_size, options.crop_scale, options.augment)
+    groups = finetune.parameter_groups(objective.student, options.weight_decay, options.layer_decay)
+    args.epochs = options.epochs
+    return (objective, tinymim.ImageDataset(paths, transform, labels=labels),
+            torch.optim.AdamW(groups, fused=args.device == "cuda"))
+
+# ---- 2. The clock -------------------------------------------------------------------------------
 
 WARM_UP = 3  # steps that are not timed: compilation, the choice of kernels
 AHEAD = 2  # batches that each worker makes before anybody asks for them: DataLoader's default
 
-def fewest_steps(workers):
-    """Several times the batches made ahead. It smooths how unevenly workers deliver."""
-    return max(8, 4 * AHEAD * workers)
+def time_step(step, batches, steps, args, ready=0):
+    """Seconds that step(batches) takes, the mean of `steps` calls, and that it waits for batches.
 
-class SteadyLoader:
-    """Batches for tinymim.fit, and the rate at which it takes `steps` of them.
-
-    During the first steps, workers get ahead: up to `ready` batches then lie there. To count them
-    would show a rate that no long training has. So they are thrown away before the clock starts,
-    and the workers have more to make when it stops.
+    At first workers get ahead: up to `ready` batches lie there. To count them would show a rate
+    that no long training has. So they are thrown away before the clock starts, and the workers have
+    more to make when it stops.
     """
-    def __init__(self, batches, steps, args, ready=0):
-        self.batches, self.steps, self.args, self.ready = batches, steps, args, ready
-        self.sampler = self  # fit calls its set_epoch
+    finish = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    batches, waited = iter(batches), 0.0
 
-    def set_epoch(self, epoch):
-        pass
-
-    def __len__(self):
-        return WARM_UP + self.steps + 1
-
-    def __iter__(self):
-        batches, waited, on_gpu = iter(self.batches), 0.0, self.args.device == "cuda"
-        finish = torch.cuda.synchronize if on_gpu else lambda: None
-        for _ in range(WARM_UP):
-            yield next(batches)
-        for _ in range(2 * self.ready):  # twice: workers go on while the first are thrown away
-            next(batches)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        finish()
-        began = clock()
-        for _ in range(self.steps):
+    def noted():
+        nonlocal waited
+        while True:
             asked = clock()
             batch = next(batches)
             waited += clock() - asked
             yield batch
-        finish()
-        seconds = clock() - began  # fit asks for another batch: all steps are done
-        self.rate = self.steps * self.args.batch_size / seconds  # images/s
-        self.waiting = 100 * waited / seconds  # % of the time
-        self.batches = None  # the workers end with the epoch
-        yield batch
 
-def load_files(dataset, args, workers, steps):
-    """A SteadyLoader with the workers of tinymim.fit. Images are repeated as often as needed."""
-    ready = AHEAD * workers
-    batches = WARM_UP + 2 * ready + steps + ready
-    keys = np.random.RandomState(0).randint(2**31, size=batches * args.batch_size)
-    args = argparse.Namespace(**vars(args) | {"workers": workers})
-    return SteadyLoader(tinymim.make_loader(Subset(dataset, keys), args), steps, args, ready)
+    for _ in range(WARM_UP):
+        step(batches)
+    for _ in range(2 * ready):  # twice: workers go on while the first are thrown away
+        next(batches)
+    finish()
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    began, noting = clock(), noted()
+    for _ in range(steps):
+        step(noting)
+    finish()
+    return (clock() - began) / steps, waited / steps
 
-# ---- 2. Measurements, in a process for each variant ----------------------------------------------
+def time_step_on_files(step, dataset, args):
+    """The same with the workers of tinymim.fit. Images are repeated as often as needed."""
+    ready = AHEAD * args.workers
+    steps = max(8, 4 * ready)  # smooths how unevenly workers deliver
+    images = (WARM_UP + 3 * ready + steps) * args.batch_size
+    loader = tinymim.make_loader(Subset(dataset, range(images)), args)
+    return time_step(step, loader, steps, args, ready)
 
-fit = tinymim.fit  # measure() takes its place
+# ---- 3. Measurements ----------------------------------------------------------------------------
 
-def measure(objective, dataset, prepare, optimizer, args, *_):
-    """In the place of tinymim.fit. Prints table rows, and leaves them in args.tables."""
-    one_epoch = argparse.Namespace(**vars(args) | {"epochs": 1})
-    if args.variant == "usual":
-        dataset = variants.UsualDataset(dataset.paths, dataset.transform)  # makes both views
-        prepare, optimizer = lambda *views: views, torch.optim.AdamW(objective.student.parameters())
-    name = f"{args.variant}, {DTYPES[args.amp] or torch.float32}".replace("torch.", "")
-    if args.compile and args.variant != "compiled":
-        name += ", compiled"
-
-    def train(loader):
-        with mock.patch.multiple(tinymim, make_loader=lambda *_: loader, load_run=lambda *_: [],
-                                 save_run=mock.DEFAULT, print_run=mock.DEFAULT):
-            fit(objective, dataset, prepare, optimizer, one_epoch)
+def measure(objective, dataset, optimizer, args):
+    """{table: row}."""
+    tables, dtype = {}, str(DTYPES[args.amp] or torch.float32).removeprefix("torch.")
 
     def add(table, row):
-        args.tables[table] = {"variant": name} | row
-        print(table, json.dumps(args.tables[table]), flush=True)
+        tables[table] = {"variant": f"{args.variant}, {dtype}"} | row
+        print(table, json.dumps(tables[table]), flush=True)
 
+    objective.train().compile(disable=not args.compile)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-9  # takes as long as any, and never overflows, where fp16 skips a step
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+    step = lambda batches: tinymim.update(objective, batches, optimizer, scaler, args, {})
     items = [dataset[key] for key in range(args.batch_size)]
     batch = [tensor.to(args.device) for tensor in default_collate(items)]
-    loader = SteadyLoader(itertools.repeat(batch), args.repeats, args)
-    train(loader)
-    add("step", {"step, ms": 1000 * args.batch_size / loader.rate, "images/s": loader.rate,
-                 "peak memory, GiB": peak_memory(args)})
-    if "parts" in args.measure and args.variant != "finetune":
-        add("parts", measure_parts(objective, batch, prepare, optimizer, loader.rate, args))
+    seconds, _ = time_step(step, [batch] * (WARM_UP + args.repeats), args.repeats, args)
+    memory = torch.cuda.max_memory_allocated() / 2**30 or None  # 0 without a GPU
+    add("step", {"step, ms": 1000 * seconds, "images/s": args.batch_size / seconds,
+                 "peak memory, GiB": memory})
+    if "parts" in args.measure and args.variant in ("eager", "compiled"):
+        add("parts", measure_parts(objective, batch, optimizer, args))
     if "training" in args.measure:
-        loader = load_files(dataset, args, args.workers, args.steps)
-        train(loader)
-        add("end to end", {"images/s": loader.rate, "waiting for data, %": loader.waiting,
+        seconds, waiting = time_step_on_files(step, dataset, args)
+        rate = args.batch_size / seconds
+        add("end to end", {"images/s": rate, "waiting for data, %": 100 * waiting / seconds,
                            "epochs of ImageNet": args.epochs,
-                           "hours for them": args.epochs * IMAGENET / loader.rate / 3600})
+                           "hours for them": args.epochs * IMAGENET / rate / 3600})
     if "pipeline" in args.measure:
-        row = {"KiB per image": sum(tensor.nbytes for tensor in batch) / 1024 / args.batch_size}
-        for workers in sorted({1, args.workers}):
-            steps = args.steps if workers == args.workers else fewest_steps(workers)
-            loader = load_files(dataset, args, workers, steps)
-            for _ in loader:
-                pass
-            row[f"images/s, {workers} worker{'s' * (workers != 1)}"] = loader.rate
-        add("pipeline", row)
+        seconds, _ = time_step_on_files(next, dataset, args)
+        size = sum(tensor.nbytes for tensor in batch) / 1024 / args.batch_size
+        add("pipeline", {"workers": args.workers, "images/s": args.batch_size / seconds,
+                         "KiB per image": size})
+    return tables
 
-def peak_memory(args):  # in GiB
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource  # not on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-def measure_parts(objective, batch, prepare, optimizer, rate, args):
-    """Table row: the parts of a step, each by itself, and how near they are to the ceilings."""
+def measure_parts(objective, batch, optimizer, args):
     autocast = torch.autocast(args.device, DTYPES[args.amp], enabled=args.amp != "off")
     teacher_qkv, student_qkv, relation_loss = (
         autocast(torch.compile(function, disable=not args.compile)) for function in
         (objective.teacher.qkv_at, objective.student.qkv_at, tinymim.relation_loss))
-    student_images, teacher_images = prepare(*batch)
+    student_images, teacher_images = tinymim.two_views(*batch)
 
     @torch.no_grad()
     def teacher():
@@ -176,53 +210,34 @@ def measure_parts(objective, batch, prepare, optimizer, rate, args):
         losses = relation_loss(predicted, target, objective.relation_heads, objective.pairs)
         torch.autograd.grad(sum(losses.values()), predicted)
 
-    n, size = (8192, 2**30) if args.device == "cuda" else (2048, 2**28)
-    a, b = torch.randn(2, n, n, device=args.device).to(DTYPES[args.amp] or torch.float32)
-    source, there = torch.zeros(2, size, dtype=torch.uint8, device=args.device)
-    parts = {"views": lambda: prepare(*batch), "teacher": teacher, "student": student,
+    parts = {"views": lambda: tinymim.two_views(*batch), "teacher": teacher, "student": student,
              "relation loss": relations, "optimiser": optimizer.step}
-    ceilings = {"product": lambda: a @ b, "copy": lambda: there.copy_(source)}
-    seconds, gflop, threads = {}, {}, torch.get_num_threads()
-    for name, function in (parts | ceilings).items():
-        timer = Timer("f()", globals={"f": function}, num_threads=threads)
-        seconds[name] = timer.timeit(args.repeats).mean
-    for name in ("teacher", "student", "relation loss"):  # per image; the others have no products
-        with (FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH),
-              torch.compiler.set_stance("force_eager")):
-            parts[name]()
-        gflop[name] = counter.get_total_flops() / 1e9 / args.batch_size
-    product = 2 * n**3 / 1e9 / seconds["product"]  # GFLOP/s
-    teaching = gflop["teacher"] * args.batch_size / seconds["teacher"]
-    return ({f"{name}, ms": 1000 * seconds[name] for name in parts}
-            | {f"{name}, GFLOP per image": value for name, value in gflop.items()}
-            | {"product, TFLOP/s": product / 1000, "teacher, % of it": 100 * teaching / product,
-               "step, % of it": 100 * sum(gflop.values()) * rate / product,
-               "copy, read and written, GB/s": 2 * size / 1e9 / seconds["copy"]})
+    return {f"{name}, ms": 1000 * time_step(lambda _: part(), [], args.repeats, args)[0]
+            for name, part in parts.items()}
 
-def measure_variant(args):
-    """In a process of its own: {table: row}."""
-    sys.stdout = sys.stderr
+def measure_variant(args):  # in a process of its own
+    sys.stdout = sys.stderr  # rows appear as they come, also with --json
     torch.multiprocessing.set_start_method(None, force=True)  # workers start as in a run
-    args.tables, tinymim.fit = {}, measure
-    variants.train(args)
-    return args.tables
+    if args.variant == "usual":
+        args.amp = "fp16" if args.device == "cuda" else "off"
+    if args.variant != "finetune":
+        args.compile = args.variant == "compiled"
+    tinymim.resolve(args)  # for the threads of this process
+    tinymim.start_processes(args)
+    build = build_finetuning if args.variant == "finetune" else build_distillation
+    return measure(*tinymim.by_options(build, args), args)
 
-# ---- 3. Command line -----------------------------------------------------------------------------
+# ---- 4. Command line ----------------------------------------------------------------------------
 
 def benchmark(args):
+    if tinymim.WORLD > 1:
+        raise tinymim.UserError("it measures one process: start it without torchrun")
     on_gpu = args.device == "cuda"
     args.batch_size = args.batch_size or (256 if on_gpu else 8)
     args.repeats = args.repeats or (50 if on_gpu else 3)
-    tinymim.setup(args)  # settles --workers
-    fewest = fewest_steps(args.workers)
-    args.steps = args.steps or fewest
-    args.variants = args.variants or VARIANTS[:3 if args.compile else 2]
-    if args.accum > 1:
-        raise UserError("--accum is not measured")
-    if args.steps < fewest:
-        raise UserError(f"--steps {args.steps} is too few for a steady rate, as workers make "
-                        f"{AHEAD * args.workers} batches ahead: {fewest}, or fewer --workers")
-    names = ("student", "teacher", "img_size", "batch_size", "workers", "steps", "repeats")
+    tinymim.resolve(args)  # settles --workers
+    args.variants = args.variants or ["usual", "eager"] + ["compiled"] * args.compile
+    names = ("student", "teacher", "img_size", "batch_size", "workers", "repeats")
     result = {"machine": {"GPU": torch.cuda.get_device_name() if on_gpu else None,
                           "processor": platform.processor() or platform.machine(),
                           "cores": os.cpu_count(), "torch": torch.__version__},
@@ -244,17 +259,24 @@ def print_tables(result):  # in Markdown
             print("| " + " | ".join(cells) + " |")
 
 def main(argv=None):
-    recipe = tinymim.RECIPE | dict(batch_size=None, img_size=224)
-    parser = tinymim.make_parser("extras/benchmark.py", __doc__, recipe, teacher=True)
+    defaults = tinymim.DEFAULTS | tinymim.TEACHING | dict(
+        img_size=224, batch_size=None, out=None, compile=None)
+    unused = ("out", "resume", "epochs", "warmup_epochs", "accum", "blr", "weight_decay", "seed",
+              "drop_path", "compile", "teacher", "teacher_heads")
+    parser = tinymim.make_parser("extras/benchmark.py", __doc__, defaults, True, unused)
     kinds = ("parts", "training", "pipeline")
     add = parser.add_argument
-    add("--variants", nargs="+", choices=VARIANTS,
-        help="default: usual, eager and, unless --no-compile, compiled")
+    add("--teacher", choices=TEACHERS, help="default: mae_base")
+    add("--variants", nargs="+", choices=("usual", "eager", "compiled", "finetune"),
+        help="default: usual, eager and, on a GPU, compiled")
     add("--measure", nargs="*", choices=kinds, default=kinds, help="besides a step (default: all)")
-    add("--steps", type=COUNT, help="timed with workers (default: 4 for each batch made ahead)")
-    add("--repeats", type=COUNT, help="timed without them (default: 50 on a GPU, 3 on the CPU)")
+    add("--repeats", type=COUNT, help="of a step and its parts (default: 50 on a GPU, else 3)")
     add("--json", action="store_true", help="print JSON instead of tables")
-    tinymim.run(parser, benchmark, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    for name in ("teacher", "teacher_block", "relations", "relation_heads"):
+        if args.variants == ["finetune"] and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} has no effect on --variants finetune")
+    tinymim.run(parser, benchmark, args)
 
 if __name__ == "__main__":
     main()

@@ -2,170 +2,171 @@
 
     python extras/figures.py --run runs/tiny            (relations.png; --method: the README's, too)
     python extras/figures.py --log runs/tiny runs/x     (curves.png: loss and accuracy over epochs)
-    python extras/figures.py --results results.json     (of extras/study.py: lengths.svg)
 
-They are written beside what they show, or to --out. --data: photos for --run, instead of its own.
+They are written into the run, or the first of them. --data: photos for --run, instead of its own.
 """
 
 import argparse
 import json
 import os
 import sys
-from statistics import mean, stdev
 
 import torch
+from torchvision.transforms import v2
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tinymim
-from data import load_run, middle_row, of_seeds, relation_maps
-from rows import CURVES, LENGTHS
+from tinymim import UserError
 
-try:
-    import matplotlib.pyplot as plt
-except ImportError:
-    sys.exit(f"matplotlib is not installed here: {sys.executable} -m pip install matplotlib")
+def load_run(folder, photos=None):
+    """Of a run of tinymim.py: the middles of four of its photos (or of others), uint8 (4, 3, H, W),
+    TinyMIM as it was before training, and the networks to compare, by name."""
+    checkpoint = os.path.join(folder, "last.pth")
+    student = tinymim.load_teacher(checkpoint)
+    saved = tinymim.load_file(checkpoint).get("args", {})
+    if "relations" not in saved or saved["relation_heads"] is None:
+        raise UserError(f"{folder} has not learnt relations (--log draws the curves of any run)")
+    args = argparse.Namespace(**saved)
+    objective = tinymim.by_options(tinymim.build, args).eval()
+    paths = tinymim.find_images(tinymim.image_folder(photos or args.data, "train"))
+    settings = tinymim.settings_of(args, objective, paths)
+    if settings["teacher_checksum"] != saved.get("teacher_checksum"):
+        raise UserError(f"{args.teacher} is no longer the teacher of {folder}")
+    middle = v2.Compose([v2.Resize(student.img_size), v2.CenterCrop(student.img_size)])
+    chosen = paths[::len(paths) // 4 or 1][:4]
+    crops = torch.stack([middle(tinymim.decode(os.fsdecode(path))) for path in chosen])
+    return crops, objective, {"teacher": objective.teacher, "student before": objective.student,
+                              "student after": student}
 
-BLUE, ORANGE, GRAY = "#2563a8", "#e07b16", "#d0d0d0"
-plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "image.cmap": "magma",
-                     "savefig.dpi": 200, "svg.hashsalt": "tinymim"})
+@torch.no_grad()
+def relation_maps(objective, network, images):
+    """{pair: relations (B, N, N), the mean over heads} of images (B, 3, H, W) in [0, 1]."""
+    block = objective.teacher_block if network is objective.teacher else network.depth
+    qkv = dict(zip("qkv", network.qkv_at(tinymim.normalize(images), block)))
+    heads = objective.relation_heads
+    return {f"{a}-{b}": tinymim.log_relation(qkv[a], qkv[b], heads).exp().mean(dim=1)
+            for a, b in objective.pairs}
 
-def draw_relations(crops, objective, networks, path):
-    """How each crop's middle patch relates to the others. White: the strongest in three maps."""
+def middle_row(relation, grid):
+    """How the patch in the middle relates to all: of relations (B, N, N), (B, grid, grid)."""
+    middle = (grid + 1) * (grid // 2)
+    heat = relation[:, 1 + middle, 1:].clone()  # without the class token
+    heat[:, middle] = 0  # to itself it relates far more strongly: black
+    return heat.unflatten(1, (grid, grid))
+
+def draw_relations(plt, crops, objective, networks):
+    """How the middle patch of each crop relates to the others by v-v (or the first pair), and that
+    of the first crop by another pair. White: the strongest in the three maps of a row."""
     maps = {name: relation_maps(objective, vit, crops / 255) for name, vit in networks.items()}
-    grid = objective.student.grid
-    width, height = 1 + 3.2 * len(objective.pairs), len(crops) + 0.4  # in crops
-    figure = plt.figure(figsize=(9, 9 * height / width))
-    for row, crop in enumerate(crops):
-        shown = [(0, "", crop.permute(1, 2, 0), None)]
-        for i, pair in enumerate(maps["teacher"]):
-            heats = [middle_row(maps[name][pair], grid)[row] for name in networks]
-            brightest = max(heat.max() for heat in heats)
-            shown += [(1.2 + 3.2 * i + j, f"{pair}\n{name}", heats[j], brightest)
-                      for j, name in enumerate(networks)]
-        for x, title, image, brightest in shown:
-            place = x / width, (len(crops) - 1 - row) / height, 0.96 / width, 0.96 / height
-            title = title if row == 0 else ""
-            axes = figure.add_axes(place, xticks=[], yticks=[], frame_on=False, title=title)
-            axes.imshow(image, vmin=0, vmax=brightest, extent=(0, grid, grid, 0),
-                        interpolation="nearest" if brightest else "bicubic")
-            axes.add_patch(plt.Rectangle((grid // 2, grid // 2), 1, 1, fill=False, color="red"))
-    figure.savefig(path)
+    grid, pairs = objective.student.grid, sorted(maps["teacher"], key=lambda pair: pair != "v-v")
+    rows = [(pairs[0], i) for i in range(len(crops))] + [(pair, 0) for pair in pairs[1:2]]
+    figure, panels = plt.subplots(len(rows), 4, figsize=(5.6, 1.4 * len(rows)), squeeze=False)
+    for (pair, i), axes in zip(rows, panels):
+        heats = [middle_row(of_pair[pair], grid)[i] for of_pair in maps.values()]
+        brightest = max(heat.max() for heat in heats)
+        for ax, image in zip(axes, (crops[i].permute(1, 2, 0), *heats)):
+            ax.imshow(image.numpy(), vmin=0, vmax=brightest, extent=(0, grid, grid, 0))
+            ax.add_patch(plt.Rectangle((grid // 2, grid // 2), 1, 1, fill=False, color="red"))
+            ax.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(pair, rotation=0, ha="right", va="center")
+    for ax, title in zip(panels[0], ("photo", *networks)):
+        ax.set_title(title)
+    return figure
 
-def draw_method(crops, objective, path):
+def draw_method(plt, crops, objective):
     """The method at a glance, with the first crop's relations, from 0 (black) to 6 / N."""
-    figure = plt.figure(figsize=(9, 3.4))
-    canvas = figure.add_axes([0, 0, 1, 1], xlim=(0, 9), ylim=(0, 3.4))  # in inches
+    figure = plt.figure(figsize=(9, 4), layout="none")
+    canvas = figure.add_axes([0, 0, 1, 1], xlim=(0, 9), ylim=(0, 4))  # in inches
     canvas.axis("off")
-
-    def arrow(*points):
-        canvas.plot(*zip(*points[:-1]), color="black", linewidth=1)
-        style = dict(arrowstyle="-|>", fc="black", shrinkA=0)
-        canvas.annotate("", points[-1], points[-2], arrowprops=style)
+    style = dict(arrowstyle="-|>", fc="black", shrinkA=0)
 
     def inset(x, y, image, vmax=None, **labels):
-        place = [x / 9, y / 3.4 - 0.124, 0.0936, 0.248]
+        place = [x / 9, (y - 0.42) / 4, 0.84 / 9, 0.84 / 4]
         axes = figure.add_axes(place, xticks=[], yticks=[], **labels)
-        axes.imshow(image, vmin=0, vmax=vmax, interpolation="nearest" if vmax else "bicubic")
+        axes.imshow(image.numpy(), vmin=0, vmax=vmax)
 
-    order, factors = torch.tensor([[0, 1, 2]]), torch.tensor([[1.3, 0.7, 0.6]])
-    jitter = tinymim.color_jitter(crops[:1] / 255, order, factors)
-    for network, image, title, y, depth, last, height, color in (
-            (objective.teacher, crops[:1] / 255, "teacher: MAE's ViT-L, frozen", 2.55, 24, 17, 0.84,
-             BLUE), (objective.student, jitter, "student: new ViT-T", 0.75, 12, 11, 0.56, ORANGE)):
-        x, bottom = [1.35 + 0.125 * i for i in range(depth)], y - height / 2
+    def blocks(x, y, height, color="white", line=":"):
+        canvas.bar(x, height, 0.09, y - height / 2, color=color, edgecolor="black", linestyle=line)
+
+    used, blue, orange = ("#d0d0d0", "-"), ("#2563a8", "-"), ("#e07b16", "-")
+    photo, order = crops[:1] / 255, torch.tensor([[0, 1, 2]])
+    jittered = tinymim.color_jitter(photo, order, torch.tensor([[1.3, 0.7, 0.6]]))
+    for vit, image, title, y, depth, last, color in (
+            (objective.teacher, photo, "teacher: MAE's ViT-L, frozen", 3.1, 24, 17, blue),
+            (objective.student, jittered, "student: new ViT-T", 0.9, 12, 11, orange)):
+        x = [1.35 + 0.125 * i for i in range(depth)]
         inset(0.1, y, image[0].permute(1, 2, 0))
-        arrow((0.98, y), (1.27, y))
-        canvas.text(1.3, y + height / 2 + 0.1, title)
-        canvas.bar(x[:last], height, 0.09, bottom, color=GRAY, edgecolor="black")
-        canvas.bar(x[last:], height, 0.09, bottom, color="white", edgecolor="black", linestyle=":")
-        canvas.bar(x[last], height / 3, 0.09, bottom, color=color, edgecolor="black")
-        canvas.text(x[last] - 0.1, bottom - 0.22, f"only q, k, v of block {last + 1}", ha="right")
-        corner = bottom - 0.18
-        arrow((x[last], bottom), (x[last], corner), (4.45, corner), (4.45, y), (4.7, y))
-        formula = "softmax\n$a\\,b^\\top/\\sqrt{D/h}$"
-        canvas.text(5.2, y, formula, ha="center", va="center", fontsize=9)
-        arrow((5.7, y), (5.95, y))
-        for i, (pair, heat) in enumerate(relation_maps(objective, network, image).items()):
-            inset(6.17 + 0.95 * i, y, heat[0], 6 / heat.shape[2], xlabel="token j",
-                  ylabel="token i" * (i == 0), title=f"{pair} relations" * (y > 1))
-    for i in range(len(objective.pairs)):
-        arrow((6.59 + 0.95 * i, 1.92), (6.59 + 0.95 * i, 1.22))
-        canvas.text(6.65 + 0.95 * i, 1.53, "KL")
-    arrow((0.52, 2.1), (0.52, 1.2))
-    canvas.text(0.6, 1.58, "colours\njittered")
-    figure.savefig(path, metadata={"Date": None})
+        canvas.text(1.3, y + 0.5, title)
+        blocks(x[:last], y, 0.8, *used)
+        blocks(x[last:], y, 0.8)
+        blocks(x[last], y, 0.27, *color)
+        canvas.plot([x[last], x[last], 4.45, 4.45], [y - 0.4, y - 0.6, y - 0.6, y], "k", lw=1)
+        canvas.text(5.2, y, "softmax\n$a\\,b^\\top/\\sqrt{D/h}$", ha="center", va="center")
+        for start, end in (0.98, 1.27), (4.45, 4.65), (5.78, 6.0):
+            canvas.annotate("", (end, y), (start, y), arrowprops=style)
+        for i, (pair, heat) in enumerate(relation_maps(objective, vit, image).items()):
+            inset(6.22 + 0.94 * i, y, heat[0], 6 / heat.shape[2], title=pair, xlabel="token j",
+                  ylabel="token i" * (i == 0))
+    for x in (6.64 + 0.94 * i for i in range(len(objective.pairs))):
+        canvas.annotate("KL", (x, 1.55), (x, 2.15), ha="center", arrowprops=style)
+    canvas.annotate("colours\njittered", (0.52, 1.4), (0.52, 2.15), ha="center", arrowprops=style)
+    for i, (text, *kind) in enumerate((("a block that is used (the student's learn)", *used),
+                                       ("not used",), ("q, k, v of this block", *blue))):
+        blocks(1.85, 2.25 - 0.25 * i, 0.18, *kind)
+        canvas.text(1.97, 2.25 - 0.25 * i, text, va="center", fontsize=9)
+    return figure
 
-def draw_lengths(found, path):
-    """Accuracy after fine-tuning against epochs of distillation: mean, deviation."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    titles, most = {"few": "a tenth of the labels", "all": "all labels"}, 0
-    for axes, (labels, title) in zip(panels, titles.items()):
-        for (name, spec), color in zip(CURVES.items(), (BLUE, "#6aaed6", ORANGE, "gray")):
-            tops = {epochs: list(of_seeds(found, labels, f"{spec} --epochs {epochs}").values())
-                    for epochs in LENGTHS}
-            tops = {epochs: values for epochs, values in tops.items() if values}
-            errors = [stdev(values) if len(values) > 1 else float("nan")
-                      for values in tops.values()]
-            axes.errorbar(list(tops), [mean(values) for values in tops.values()], errors,
-                          label=name if tops else None, color=color, marker="o", markersize=3,
-                          capsize=2)
-            most = max(most, len(tops))
-        axes.set(xscale="log", xlabel="epochs of distillation", ylabel="top-1 (%)", title=title)
-        axes.set_xticks(LENGTHS, LENGTHS)
-        axes.minorticks_off()
-        axes.legend()
-    if most < 2:
-        raise tinymim.UserError("no row has results of two lengths (study.py --tables length)")
-    figure.savefig(path, metadata={"Date": None})
-
-def draw_curves(folders, path):
-    """log.jsonl of some runs: all losses, and accuracy if it was measured, over the epochs."""
-    curves = {"loss": {}, "%": {}}
+def draw_curves(plt, folders):
+    """All losses in log.jsonl of some runs, and accuracies if they were measured, by epoch."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4))
     for folder in folders:
-        with open(os.path.join(folder, "log.jsonl")) as file:
-            log = [json.loads(line) for line in file]
-        if not log:
-            raise tinymim.UserError(f"{folder}/log.jsonl is empty")
-        for name in sorted((log[0].keys() | log[-1].keys()) - {"epoch", "lr", "images/s"}):
-            points = [(record["epoch"], record[name]) for record in log if name in record]
-            is_share = name in ("top1", "mIoU") or name.endswith("accuracy")
-            curves["%" if is_share else "loss"][f"{folder}: {name}"] = points
-    curves = {title: lines for title, lines in curves.items() if lines}
-    figure, panels = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False,
-                                  layout="constrained")
-    for axes, (title, lines) in zip(panels.flat, curves.items()):
-        for label, points in lines.items():
-            axes.plot(*zip(*points), label=label, marker="." if len(points) == 1 else None)
-        axes.set(xlabel="epoch", ylabel=title)
-        axes.legend(fontsize=6)
-    figure.savefig(path)
+        log_path = os.path.join(folder, "log.jsonl")
+        with tinymim.explained(f"{log_path} is empty or no log"), open(log_path) as file:
+            log = [json.loads(line) for line in file if line.strip()]
+            for name in sorted({*log[0], *log[-1]} - {"epoch", "lr", "images/s"}):
+                points = [(record["epoch"], record[name]) for record in log if name in record]
+                is_share = name in ("top1", "mIoU") or name.endswith("accuracy")
+                label = f"{name}, {folder}".replace("$", "\\$")  # in two of them is mathematics
+                panels[int(is_share)].plot(*zip(*points), marker=".", label=label)
+    for axes, title in zip(panels, ("loss", "%")):
+        axes.set(xlabel="epoch", ylabel=title, visible=bool(axes.lines))
+        axes.legend(handles=axes.lines, fontsize=7)
+    return figure
 
 def draw(args):
-    out = args.out or args.run
-    if out is None:
-        out = args.log[0] if args.log else os.path.dirname(args.results) or "."
-    os.makedirs(out, exist_ok=True)
+    try:
+        import matplotlib.pyplot as plt  # here: demo.py, which needs some of the above, has none
+    except ImportError:
+        sys.exit(f"matplotlib is not installed here: {sys.executable} -m pip install matplotlib")
+    plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "image.cmap": "magma",
+                         "image.interpolation": "nearest", "savefig.dpi": 130,
+                         "savefig.bbox": "tight", "svg.hashsalt": "tinymim",
+                         "figure.constrained_layout.use": True})
+    drawn = {}
     if args.run:
         crops, objective, networks = load_run(args.run, args.data)
-        draw_relations(crops, objective, networks, os.path.join(out, "relations.png"))
-        if args.method:  # its text is that of ViT-L and ViT-T
-            draw_method(crops, objective, os.path.join(out, "method.svg"))
+        path = os.path.join(args.run, "relations.png")
+        drawn[path] = draw_relations(plt, crops, objective, networks)
+    if args.method:  # its text is that of ViT-L and ViT-T
+        drawn[os.path.join(args.run, "method.svg")] = draw_method(plt, crops, objective)
     if args.log:
-        draw_curves(args.log, os.path.join(out, "curves.png"))
-    if args.results:
-        draw_lengths(json.load(open(args.results)), os.path.join(out, "lengths.svg"))
-    print(f"drawn into {out}")
+        drawn[os.path.join(args.log[0], "curves.png")] = draw_curves(plt, args.log)
+    for path, figure in drawn.items():
+        figure.savefig(path, metadata={"Date": None})  # the same file each time
+        print(f"drawn: {path}")
 
 def main(argv=None):
     parser = argparse.ArgumentParser("extras/figures.py", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    for name in ("run", "results", "data", "out"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--log", nargs="+", metavar="RUN")
+    parser.add_argument("--run")
+    parser.add_argument("--data")
     parser.add_argument("--method", action="store_true")
+    parser.add_argument("--log", nargs="+", metavar="RUN")
     args = parser.parse_args(argv)
-    if not (args.run or args.log or args.results):
-        parser.error("nothing to draw: --run, --log or --results")
+    if not (args.run or args.log):
+        parser.error("nothing to draw: --run or --log")
+    if not args.run and (args.method or args.data):
+        parser.error("--method and --data go with --run")
     tinymim.run(parser, draw, args)
 
 if __name__ == "__main__":

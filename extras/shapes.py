@@ -79,16 +79,20 @@ def write_segmentation(folder, split, count, seed, size=40):
             path = os.path.join(folder, kind, split, f"{i}.png")
             Image.fromarray(array).save(path, compress_level=1)
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw the demo's labelled pictures of ten shapes.")
+def main(argv=None):
+    parser = argparse.ArgumentParser("extras/shapes.py", description="Draw pictures of ten shapes.")
     add = parser.add_argument
     add("folder")
     add("--train", type=int, default=40000, help="pictures in FOLDER/train (default: 40000)")
     add("--val", type=int, default=1000, help="pictures in FOLDER/val (default: 1000)")
-    add("--size", type=int, default=40, metavar="N", help="in pixels; default: 40")
+    add("--size", type=int, default=40, metavar="N", help="in pixels (default: 40)")
     add("--seed", type=int, default=1, help="of train, val has the next (default: 1)")
     add("--segmentation", action="store_true", help="label maps as well")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    for name, low, high in (("train", 1, 10**9), ("val", 1, 10**9), ("size", 1, 1024),
+                            ("seed", 0, 2**32 - 2)):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name} is not between {low} and {high}")
     try:
         if args.segmentation:
             write_segmentation(args.folder, "training", args.train, args.seed, args.size)
@@ -97,7 +101,10 @@ if __name__ == "__main__":
             write(os.path.join(args.folder, "train"), args.train, args.seed, args.size)
             write(os.path.join(args.folder, "val"), args.val, args.seed + 1, args.size)
     except OSError as error:
-        sys.exit(f"shapes.py: error: cannot write in {args.folder} ({error})")
+        sys.exit(f"extras/shapes.py: error: cannot write in {args.folder} ({error})")
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{args.train} and {args.val} pictures in {args.folder}")
+
+if __name__ == "__main__":
+    main()

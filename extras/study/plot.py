@@ -52,10 +52,10 @@ def draw(args):
                                         "(study.py --tables length)")
             draw_curve(axes, name, points, color, device)
         axes.set(title=title.format(photos[labels]), ylabel="top-1 (%)", xscale="log",
-                 xlim=(0.4, 36), xlabel="epochs of distillation (MAE: as much to compute)")
+                 xlim=(0.4, 36), xlabel="epochs of distillation (MAE: equal compute)")
         axes.set_xticks(LENGTHS, LENGTHS)
         axes.minorticks_off()
-    figure.supxlabel(f"filled: {device}; open: in part another device", fontsize=7, color="gray")
+    figure.supxlabel("open circles: in part on another device", fontsize=7, color="gray")
     figure.savefig(args.out, metadata={"Date": None})
     print(f"drawn: {args.out}")
 
