@@ -257,20 +257,6 @@ def test_initial_weights_are_maes():
             limit = math.sqrt(6 / sum(parameter.flatten(1).shape))
             assert 0.98 * limit < parameter.abs().max() <= limit, name
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_objective_is_the_same():
-    student, teacher = (ViT(**sizes | dict(depth=2), drop_path=0.1) for sizes in (SMALL, WIDER))
-    objective, found = TinyMIM(student, teacher, 2), []
-    crops = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    for _ in range(2):
-        torch.manual_seed(0)
-        losses = objective(crops)
-        sum(losses.values()).backward()
-        found.append([losses, student.cls_token.grad.clone()])
-        student.zero_grad()
-        objective.compile(fullgraph=True, options={"fallback_random": True})  # the same draws
-    same(*found, rtol=1e-4, atol=1e-6)
-
 def test_every_kind_of_checkpoint_loads(capsys):
     vit, images = ViT(**SMALL), torch.randn(1, 3, 32, 32)
     tensors, one = vit.state_dict(), torch.ones(8)
@@ -371,7 +357,7 @@ def test_imagenette_is_there_whole_or_not_at_all(monkeypatch):
         fetch(root)
         Path("data/imagenette2-320/train/church").mkdir(parents=True)
     monkeypatch.setattr(tinymim, "Imagenette", stop)
-    refused("", tinymim.image_folder, "imagenette", error=KeyboardInterrupt)
+    refused(None, tinymim.image_folder, "imagenette", error=KeyboardInterrupt)
     assert os.listdir("data") == []
     for other in (fetch, lose):
         monkeypatch.setattr(tinymim, "Imagenette", other)
@@ -599,7 +585,7 @@ def forked(main, options, step=None):
     ("", ""), ("", "--workers=2"), ("--amp=bf16", "--amp=bf16"), ("--amp=fp16", "--amp=fp16")])
 def test_a_killed_run_resumes_exactly(either, first, then):
     """Killed between all steps of saving, and once more when it goes on."""
-    main, options = either[0], either[1] + ["--drop-path=0.2"]
+    main, options = either[0], either[1] + ["--drop-path=0.2", "--epochs=2"]
     forked(main, [*options, *first.split(), "--out=whole"])
     options += [*then.split(), "--resume"]  # which starts a run, if nothing has been saved
     for step in [2] if then else itertools.count(1):
@@ -608,7 +594,7 @@ def test_a_killed_run_resumes_exactly(either, first, then):
         assert ("--amp=fp16" in then) == bool(load("run")["scaler"])
         shutil.rmtree("run")
         if not killed:  # it has not as many
-            assert step > 6  # in three epochs
+            assert step > 4  # in two epochs
             break
 
 class Size(torch.nn.Module):
@@ -714,8 +700,6 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another_or_damaged(either):
     for path in (last, Path("run/best.pth")):
         path.write_text("precious")
         fails(main, options, "run holds a run")
-        if path.name == "best.pth":  # there is nothing to continue
-            fails(main, [*options, "--resume"], "run holds a run")
         assert os.listdir("run") == [path.name] and path.read_text() == "precious"
         path.unlink()
     Path("run/log.jsonl").write_text("{}")  # alone, it is no run

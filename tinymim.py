@@ -676,8 +676,7 @@ def resolve(args):
     """Check the options, and fill in those that follow from others or from the machine."""
     if args.out:
         os.makedirs(args.out, exist_ok=True)
-        there = {"last.pth", "best.pth"} & {*os.listdir(args.out)}
-        if there and not (args.resume and "last.pth" in there):
+        if not args.resume and {"last.pth", "best.pth"} & {*os.listdir(args.out)}:
             raise UserError(f"{args.out} holds a run: add --resume, or choose another --out")
     on_gpu = args.device == "cuda"
     devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}

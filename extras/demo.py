@@ -40,8 +40,8 @@ DISTIL = (f"{STUDENT} --teacher {TEACHER} --teacher-block 6 --epochs 2 --warmup-
 PRETRAIN = (f"{STUDENT} {SIZES} --epochs 4 --batch-size 64 --blr 3e-3 --mask-ratio 0.6 "
             "--decoder 48 2 3")  # takes as long as distillation
 TUNE = "--batch-size 32 --augment crop --crop-scale 0.5 --warmup-epochs 1 --eval-every 99"
-# Fine-tuning, with the best of two or three rates each, on a seed that is not reported. Two run at
-# a time, the longest first.
+# Fine-tuning, with the best of two or three rates each: tried with fewer pictures, on another seed.
+# Two run at a time, the longest first.
 STARTS = {
     "MAE": f"{TUNE} --epochs 8 --blr 2e-2 --layer-decay 0.65",
     "distilled": f"{TUNE} --epochs 8 --blr 2e-2 --layer-decay 0.65",

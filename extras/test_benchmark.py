@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
 import json
+import shutil
 import sys
 
 import pytest
@@ -30,6 +31,22 @@ def test_the_usual_way_computes_the_same():
         block.attn = usual
     losses = benchmark.UsualTinyMIM(student, teacher)(*images)
     torch.testing.assert_close(losses, expected)
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_the_compiled_objective_computes_the_same():
+    student, teacher = (tinymim.ViT(**sizes | dict(depth=2), drop_path=0.1)
+                        for sizes in (SMALL, WIDER))
+    objective, found = tinymim.TinyMIM(student, teacher, 2), []
+    crops = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses = objective(crops)
+        sum(losses.values()).backward()
+        found.append([losses, student.cls_token.grad.clone()])
+        student.zero_grad()
+        objective.compile(fullgraph=True, options={"fallback_random": True})  # the same draws
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 # ---- The clock ----------------------------------------------------------------------------------
 
