@@ -414,7 +414,7 @@ def download(url):
 
 def load_file(path):
     """What torch.save wrote, as long as that is tensors and plain values: no code in it runs."""
-    with explained(f"cannot load {path}", ": delete it if a download was cut short; if it has more "
+    with explained(f"cannot load {path}", ": if it was downloaded, fetch it again; if it has more "
                    "than tensors, save model.state_dict() instead"):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("wrong checksum")  # PyTorch does not check it
@@ -580,7 +580,8 @@ def make_loader(dataset, args):
 # ---- 9. A run -----------------------------------------------------------------------------------
 
 # What --resume may change, as long as images_per_update is the same.
-MAY_CHANGE = {"resume", "out", "data", "workers", "device", "compile", "batch_size", "accum"}
+MAY_CHANGE = {"resume", "out", "data", "workers", "device", "compile", "batch_size", "accum",
+              "teacher", "label_teacher"}  # their weights must be the same
 
 def settings_of(args, objective, dataset):
     """What must be the same after --resume: options, sizes, the number of images, the teacher."""
